@@ -1,0 +1,99 @@
+"""The kernel's arguments: one list that the generated signature, the host build and every driver's launch share.
+
+Arguments that the first loads depend on come first: a target that preloads kernel arguments into registers takes them from the
+front.  Strides are in elements.
+"""
+
+import struct
+from dataclasses import dataclass
+
+from mlagen.lowering import Lowered
+
+ABI_VERSION = 1
+"""Raised whenever the meaning or the order of the arguments changes; part of the identity of a compiled kernel."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One kernel argument: `kind` is "pointer", "int32" or "int64", `cpp` its C++ type, `meaning` a remark for the reader."""
+
+    name: str
+    kind: str
+    cpp: str
+    meaning: str
+
+    @property
+    def format(self) -> str:
+        """Its struct-module format, little endian."""
+        return {"pointer": "Q", "int32": "i", "int64": "q"}[self.kind]
+
+
+def kernel_arguments(lowered: Lowered) -> tuple[Argument, ...]:
+    """The arguments of the kernel of a lowered program, in order."""
+    element = lowered.model_dtype.value.cpp
+    sources = {segment.source: segment for segment in lowered.segments}
+    arguments: list[Argument] = []
+
+    def pointer(name: str, cpp: str, meaning: str) -> None:
+        arguments.append(Argument(name, "pointer", f"{cpp}*", meaning))
+
+    def int32(name: str, meaning: str) -> None:
+        arguments.append(Argument(name, "int32", "int32_t", meaning))
+
+    def int64(name: str, meaning: str) -> None:
+        arguments.append(Argument(name, "int64", "int64_t", meaning))
+
+    def source(name: str, by_head: bool) -> None:
+        rows = "T, H" if by_head else "T"
+        pointer(name, f"const {element}", f"[{rows}, {sources[name].source_width}]")
+        int64(f"{name}_token_stride", f"of {name}, in elements")
+        if by_head:
+            int64(f"{name}_head_stride", f"of {name}, in elements")
+
+    q, kv = lowered.sink("q"), lowered.sink("kv")
+    if lowered.absorb:
+        pointer("w_uk", f"const {element}", "packed: [H, tiles, chunks, fragments, lanes, 8]")
+    first = lowered.absorb.source if lowered.absorb else None
+    if first:
+        source(first, by_head=True)
+    int32("tokens", "T")
+    if q:
+        int32("heads", "H of this rank")
+    if lowered.absorb:
+        int32("token_tiles_per_workgroup", "how many token tiles an absorb workgroup takes")
+    for sink in (q, kv):
+        if sink and sink.quantize.scale:
+            pointer(sink.quantize.scale, "const float", "[1], dequantisation scale; null means 1")
+    if lowered.ropes:
+        pointer("positions", "const void", "[T]")
+        pointer("cos", "const void", "[max_position, R/2]")
+        pointer("sin", "const void", "[max_position, R/2]")
+        int64("cos_stride", "of a position, in elements")
+        int64("sin_stride", "of a position, in elements")
+        int64("max_position", "positions are clamped to [0, max_position)")
+        int32("positions_int64", "1: positions are int64, 0: int32")
+        int32("cos_sin_float", f"1: cos and sin are float, 0: {element}")
+    for segment in sorted(lowered.segments, key=lambda segment: (segment.sink.role != "q", segment.column)):
+        if segment.source != first:
+            source(segment.source, by_head=segment.sink.role == "q")
+    if q:
+        pointer(q.tensor, q.quantize.dtype.value.cpp, f"[T, >= H, {q.width}]")
+        int64("q_out_token_stride", f"of {q.tensor}, in elements")
+        int64("q_out_head_stride", f"of {q.tensor}, in elements")
+    if kv:
+        pointer("slot_mapping", "const void", "[>= T], negative: leave the cache alone")
+        pointer(kv.tensor, kv.quantize.dtype.value.cpp, f"[blocks, block_size, {kv.width}]")
+        int64("block_stride", f"of {kv.tensor}, in elements")
+        int64("entry_stride", "of a slot within its block, in elements")
+        int32("block_size", "slots of a block")
+        int32("slots_int64", "1: slot_mapping is int64, 0: int32")
+    return tuple(arguments)
+
+
+def pack_arguments(arguments: tuple[Argument, ...], values: dict[str, int]) -> bytes:
+    """The argument block as the hardware reads it: each value at its natural alignment."""
+    block = bytearray()
+    for argument in arguments:
+        size = struct.calcsize(argument.format)
+        block += b"\0" * (-len(block) % size) + struct.pack("<" + argument.format, values[argument.name])
+    return bytes(block)

@@ -1,0 +1,269 @@
+"""Codegen: a lowered Program, a Schedule and a Target become HIP source.  Pure: the same input gives the same bytes.
+
+Python computes the numbers and chooses the text; the templates hold the code.  Two platforms share the rendered kernel: "amd", the
+source that is shipped, and "host", where the same kernel follows a library that runs the lanes on the CPU.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from types import MappingProxyType
+from typing import Any
+
+import jinja2
+
+from mlagen.abi import Argument, kernel_arguments
+from mlagen.dtypes import DType
+from mlagen.ir import Program
+from mlagen.lowering import Lowered, Segment, Sink, lower
+from mlagen.schedule import AbsorbTiles, Pieces, Schedule, choose_schedule
+from mlagen.spec import PrologueSpec
+from mlagen.target import Target
+
+MARK = "// The kernel.  From here on the text is the same on every platform."
+"""The line after which host and device source are the same bytes."""
+
+
+@dataclass(frozen=True)
+class GeneratedKernel:
+    """A kernel as text, with what a driver needs to launch it."""
+
+    name: str
+    arch: str
+    source: str
+    host_source: str
+    lowered: Lowered
+    schedule: Schedule
+    arguments: tuple[Argument, ...]
+
+    @property
+    def source_sha256(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+
+@functools.cache
+def generate(spec: PrologueSpec, target: Target) -> GeneratedKernel:
+    """The kernel of `spec` on `target`, with the schedule that choose_schedule gives."""
+    program = spec.program(target)
+    lowered = lower(program)
+    return render(kernel_name(spec, target), program, lowered, choose_schedule(lowered, target), target)
+
+
+def kernel_name(spec: PrologueSpec, target: Target) -> str:
+    """A name that tells apart all kernels that differ: specs that differ in heads only share a kernel."""
+    product = f"p{spec.nope_dim}_w{spec.weight}" if spec.absorbs else "absorbed"
+    parts = ["mla_prologue", product, f"l{spec.lora_rank}", f"r{spec.rope_dim}", spec.rope_style, spec.dtype]
+    parts += [f"q{spec.q_dtype}", f"kv{spec.kv_dtype}", spec.rounding]
+    if spec.fp8_max is not None and spec.fp8_max != target.fp8.largest:
+        parts.append(f"max{spec.fp8_max:g}".replace(".", "p"))
+    return "_".join([*parts, target.arch])
+
+
+def render(name: str, program: Program, lowered: Lowered, schedule: Schedule, target: Target) -> GeneratedKernel:
+    """Render a kernel called `name`.  `program` is only quoted in its head; the code comes from `lowered` and `schedule`."""
+    arguments = kernel_arguments(lowered)
+    context = _context(name, program, lowered, schedule, target, arguments)
+    environment = _environment()
+
+    def source(platform: str) -> str:
+        text = environment.get_template("kernel.hip.j2").render(context, platform=_platform(platform, lowered, context))
+        if platform == "host":
+            text += environment.get_template("host_entry.cpp.j2").render(context)
+        return re.sub(r"\n{3,}", "\n\n", text)
+
+    return GeneratedKernel(name, target.arch, source("amd"), source("host"), lowered, schedule, arguments)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template_text),
+        undefined=jinja2.StrictUndefined,
+        variable_start_string="${",
+        variable_end_string="}",
+        block_start_string="<%",
+        block_end_string="%>",
+        comment_start_string="<#",
+        comment_end_string="#>",
+        line_statement_prefix="//%",
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def _template_text(name: str) -> str:
+    return resources.files("mlagen").joinpath("templates", *name.split("/")).read_text(encoding="utf-8")
+
+
+def _platform(platform: str, lowered: Lowered, context: Mapping[str, Any]) -> str:
+    """The device library of a platform: primitives, element types, conversions, memory access, the matrix product."""
+    fp8 = context["target"].fp8.value.cpp
+    parts = [
+        _template_text(f"lib/{platform}.h"),
+        _template_text("lib/elements.h"),
+        f"using target_fp8 = {fp8};  // the flavour of {context['target'].arch}\n",
+        _template_text(f"lib/{platform}_convert.h"),
+        _template_text("lib/access.h"),
+    ]
+    if lowered.absorb:
+        parts.append(_environment().get_template(f"lib/{platform}_multiply.h.j2").render(context))
+    if platform == "host":
+        parts.append(_template_text("lib/host_launch.h"))
+    return "\n" + "\n".join(part.rstrip() + "\n" for part in parts)
+
+
+def _context(
+    name: str, program: Program, lowered: Lowered, schedule: Schedule, target: Target, arguments: tuple[Argument, ...]
+) -> dict[str, Any]:
+    q, kv = lowered.sink("q"), lowered.sink("kv")
+    partials = []
+    if lowered.ropes:
+        partials.append("rope")
+    if any(sink.quantize.dtype.is_fp8 for sink in lowered.sinks):
+        partials.append("quantize")
+    if q:
+        partials.append("concat")
+    if kv:
+        partials.append("cache_write")
+    if lowered.absorb:
+        partials.append("q_absorb")
+    atom = target.atom(lowered.model_dtype)
+    return {
+        "kernel": name,
+        "target": target,
+        "schedule": schedule,
+        "program_lines": str(program).splitlines(),
+        "arguments": _argument_context(arguments),
+        "argument_rows": _rows([argument.name for argument in arguments]),
+        "partials": [f"stages/{partial}.hip.j2" for partial in partials],
+        "segments": [
+            _segment_context(segment, pieces, schedule, lowered)
+            for segment, pieces in zip(lowered.segments, schedule.pieces, strict=True)
+        ],
+        "rope": lowered.ropes[0] if lowered.ropes else None,
+        "model": lowered.model_dtype.value.cpp,
+        "atom": atom,
+        "tiles": _tiles_context(schedule.absorb) if schedule.absorb else None,
+        "q": _sink_context(q, lowered) if q else None,
+        "kv": _sink_context(kv, lowered) if kv else None,
+    }
+
+
+def _argument_context(arguments: tuple[Argument, ...]) -> list[dict[str, str]]:
+    declarations = [f"{argument.cpp} {argument.name};" for argument in arguments]
+    width = max(map(len, declarations))
+    return [
+        {"name": argument.name, "cpp": argument.cpp, "meaning": argument.meaning, "declaration": f"{declaration:<{width}}"}
+        for argument, declaration in zip(arguments, declarations, strict=True)
+    ]
+
+
+def _rows(names: list[str], width: int = 116) -> list[str]:
+    """The names joined by commas, broken into lines of at most `width` characters."""
+    rows = [names[0]]
+    for name in names[1:]:
+        if len(rows[-1]) + 2 + len(name) > width:
+            rows.append(name)
+        else:
+            rows[-1] += f", {name}"
+    return rows
+
+
+def _tiles_context(tiles: AbsorbTiles) -> Mapping[str, Any]:
+    """The tiles' numbers, and the lane arithmetic as C++ expressions."""
+    fields = (
+        "nope_dim",
+        "l_tile",
+        "l_tiles",
+        "l_run",
+        "l_held",
+        "m_tiles",
+        "chunk",
+        "chunks",
+        "fragment_k",
+        "token_tile",
+        "padded",
+    )
+    return MappingProxyType(
+        {
+            **{field: getattr(tiles, field) for field in (*fields, "atoms_per_chunk")},
+            "k_first": tiles.atom.b.lane_expression("k", scale=tiles.fragment_k),
+            "l_first": tiles.atom.d.lane_expression("m", scale=tiles.l_run),
+            "token": tiles.atom.d.lane_expression("n"),
+        }
+    )
+
+
+def _sink_context(sink: Sink, lowered: Lowered) -> Mapping[str, str]:
+    parts = sorted((segment for segment in lowered.segments if segment.sink == sink), key=lambda segment: segment.column)
+    layout = ", ".join(
+        f"columns {segment.column} to {segment.column + segment.width - 1} are {_value_name(segment)}" for segment in parts
+    )
+    return {"tensor": sink.tensor, "cpp": sink.quantize.dtype.value.cpp, "layout": layout}
+
+
+def _value_name(segment: Segment) -> str:
+    if segment.absorb:
+        return segment.absorb.output
+    return f"{segment.source}, rotated" if segment.rope else segment.source
+
+
+def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule, lowered: Lowered) -> Mapping[str, Any]:
+    """What the segment partials need to know."""
+    sink = segment.sink
+    out = sink.quantize.dtype
+    by_head = sink.role == "q"
+    steps = [segment.source]
+    if segment.absorb:
+        steps.append("q_absorb")
+    if segment.rope:
+        steps.append(f"rope ({segment.rope.style})")
+    # Rounding to the output's own type again would change nothing.
+    rounds = bool(segment.absorb or segment.rope) and segment.carried is not DType.FP32 and segment.carried is not out
+    if rounds:
+        steps.append(f"round to {segment.carried}")
+    steps.append(f"quantize to {out}" if out.is_fp8 else f"to {out}")
+    columns = f"{segment.column}:{segment.column + segment.width}"
+    place = f"{sink.tensor}[:, :, {columns}]" if by_head else f"{sink.tensor}[slot, {columns}]"
+    chain = " -> ".join([*steps, place])
+    options = ""
+    if out.is_fp8:
+        options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {_float_literal(sink.quantize.limit)}"
+    column = "column" if segment.column == 0 else f"{segment.column} + column"
+    row = "q_out_row(args, token, head)" if by_head else "cache_entry(args, slot)"
+    rows = "uint32_t(args.tokens)" + (" * args.heads" if by_head else "")
+    context: dict[str, Any] = {
+        "name": segment.name,
+        "source": segment.source,
+        "template": f"stages/segment_{'absorb' if segment.absorb else 'rows'}.hip.j2",
+        "chain": chain,
+        "by_head": by_head,
+        "is_cache": sink.role == "kv",
+        "rope": segment.rope,
+        "round": rounds,
+        "cpp": out.value.cpp,
+        "verbatim": not segment.rope and out is lowered.model_dtype,
+        "store": "quantize" if out.is_fp8 else "store",
+        "store_options": options,
+        "inverse_scale": f"reciprocal(args.{sink.quantize.scale})" if sink.quantize.scale else "",
+        "destination": f"{row} + {column}",
+        "rows": rows,
+        "head_offset": f" + head * args.{segment.source}_head_stride" if by_head else "",
+        "pieces": pieces,
+    }
+    if pieces:
+        context["pairs"] = pieces.run if pieces.runs == 2 else pieces.run // 2
+        context["vectors"] = ["low", "high"] if pieces.runs == 2 else ["x"]
+        runs = f"lane i of them owns {pieces.run} columns from {pieces.lane_stride} i"
+        if pieces.runs == 2:
+            runs += f" and their partners {pieces.run_distance} columns on"
+        context["ownership"] = runs
+    return MappingProxyType(context)
+
+
+def _float_literal(value: float) -> str:
+    """`value` as an exact C++ float literal."""
+    return f"{value:g}.0f" if value == int(value) and abs(value) < 1e6 else f"{value.hex()}f"

@@ -1,0 +1,1 @@
+"""Drivers: load a binary and launch it.  They know source text, binaries and argument blocks, never the IR."""

@@ -1,0 +1,143 @@
+"""Lowering: a verified Program becomes segments, each an independent slice of the outputs.
+
+A segment follows one source tensor to its columns of one output: Concat dissolves into column offsets, Quantize and CacheWrite
+become the segment's store.  Segments share nothing, so one launch runs them side by side on different workgroups.
+"""
+
+from dataclasses import dataclass
+
+from mlagen.dtypes import DType
+from mlagen.errors import ProgramError
+from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Types
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Where rows end: an output tensor, its type, and how a row is converted and addressed.
+
+    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] that go to the cache.
+    """
+
+    role: str
+    tensor: str
+    width: int
+    quantize: Quantize
+    cache_write: CacheWrite | None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`source`, carried through at most one of `absorb` and `rope`, to columns [column, column + width) of a sink's rows.
+
+    `carried` is the type to which the value is rounded before the sink's conversion; fp32 means that it is not rounded.
+    """
+
+    name: str
+    source: str
+    source_width: int
+    width: int
+    column: int
+    absorb: QAbsorb | None
+    rope: Rope | None
+    carried: DType
+    sink: Sink
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The segments in the order in which their workgroups start: the longest chain of dependent loads first."""
+
+    model_dtype: DType
+    segments: tuple[Segment, ...]
+
+    @property
+    def absorb(self) -> Segment | None:
+        return next((segment for segment in self.segments if segment.absorb), None)
+
+    @property
+    def sinks(self) -> tuple[Sink, ...]:
+        found: list[Sink] = []
+        for segment in self.segments:
+            if segment.sink not in found:
+                found.append(segment.sink)
+        return tuple(found)
+
+    def sink(self, role: str) -> Sink | None:
+        return next((sink for sink in self.sinks if sink.role == role), None)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return tuple(segment.rope for segment in self.segments if segment.rope)
+
+
+def lower(program: Program) -> Lowered:
+    """Segments of `program`.  Raises ProgramError for one that is ill-formed or that no single launch can serve."""
+    types = program.verify()
+    segments: list[Segment] = []
+    for result in program.results:
+        segments += _row_segments(program, types, _sink(program, types, result))
+    used = {stage.output for stage in program.stages}
+    kept = {name for segment in segments for name in _names(program, segment)}
+    for name in used - kept:
+        raise ProgramError(f"program {program.name!r}: {name!r} is computed but no result is made of it")
+    dtypes = {types[segment.source].dtype for segment in segments}
+    styles = {segment.rope.style for segment in segments if segment.rope}
+    rotaries = {(segment.rope.cos_sin, segment.rope.positions, segment.width) for segment in segments if segment.rope}
+    roles = [segment.sink.tensor for segment in segments]
+    for what, found in (("model types", dtypes), ("RoPE styles", styles), ("rotary tables or widths", rotaries)):
+        if len(found) > 1:
+            raise ProgramError(f"program {program.name!r}: it mixes {what}: {', '.join(sorted(map(str, found)))}")
+    if len({segment.sink.role for segment in segments}) != len(set(roles)):
+        raise ProgramError(f"program {program.name!r}: two results have the same rows; one q and one cache write at most")
+    segments.sort(key=_order)
+    return Lowered(dtypes.pop(), tuple(segments))
+
+
+def _sink(program: Program, types: Types, result: str) -> Sink:
+    stage = program.producer(result)
+    if isinstance(stage, CacheWrite):
+        quantize = program.producer(stage.x)
+        if not isinstance(quantize, Quantize):
+            raise stage.reject(f"{stage.x!r} must come from Quantize, which converts it to the cache's type")
+        return Sink("kv", stage.cache, types[stage.cache].width, quantize, stage)
+    if isinstance(stage, Quantize) and len(types[result].shape) == 3:
+        return Sink("q", result, types[result].width, stage, None)
+    raise ProgramError(f"program {program.name!r}: its result {result!r} is neither a quantised [T,H,:] query nor a cache write")
+
+
+def _row_segments(program: Program, types: Types, sink: Sink) -> list[Segment]:
+    parts = [sink.quantize.x]
+    concat = program.producer(sink.quantize.x)
+    if isinstance(concat, Concat):
+        parts = [concat.a, concat.b]
+    segments, column = [], 0
+    for part in parts:
+        stage = program.producer(part)
+        if isinstance(stage, QAbsorb):
+            source, absorb, rope = stage.q_nope, stage, None
+        elif isinstance(stage, Rope):
+            source, absorb, rope = stage.x, None, stage
+        elif stage is None:
+            source, absorb, rope = part, None, None
+        else:
+            raise stage.reject("only an input, QAbsorb or Rope can feed a row of an output")
+        if program.producer(source) is not None:
+            raise ProgramError(f"program {program.name!r}: {source!r} passes through two of QAbsorb and Rope")
+        verb = "absorb" if absorb else "rotate" if rope else "copy"
+        width = types[part].width
+        name = f"{verb}_{source}"
+        segments.append(Segment(name, source, types[source].width, width, column, absorb, rope, types[part].dtype, sink))
+        column += width
+    return segments
+
+
+def _names(program: Program, segment: Segment) -> set[str]:
+    stages = (segment.absorb, segment.rope, segment.sink.quantize, segment.sink.cache_write)
+    names = {stage.output for stage in stages if stage}
+    concat = program.producer(segment.sink.quantize.x)
+    return names | ({concat.output} if isinstance(concat, Concat) else set())
+
+
+def _order(segment: Segment) -> tuple[bool, bool, bool]:
+    """Rotations wait for positions and then for cos and sin, cache writes for a slot; the absorb streams from its first load."""
+    return (segment.absorb is not None, segment.rope is None, segment.sink.role == "q")

@@ -1,0 +1,138 @@
+"""The oracle: what each stage means, in plain torch, and how far fp32 arithmetic may stray from it.
+
+A value is carried as three tensors: the exact result in fp64, and the lowest and highest values that a kernel may hold which sums
+in fp32 in any order.  Every conversion is monotone, so converting the two ends gives the outputs that rounding can explain;
+anything outside them is a defect of the kernel.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from mlagen.dtypes import DType
+from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Stage
+from mlagen.torch_types import torch_dtype
+
+UNIT_ROUNDOFF = 2.0**-24
+"""Largest relative error of one fp32 operation."""
+
+SMALLEST_NORMAL = 2.0**-126
+"""Below this an fp32 operation may lose all relative accuracy: a matrix unit may flush subnormals to zero."""
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """`exact` with the range [`low`, `high`] in which a kernel's value may lie; three tensors of one shape and type."""
+
+    low: torch.Tensor
+    exact: torch.Tensor
+    high: torch.Tensor
+
+    @classmethod
+    def certain(cls, value: torch.Tensor) -> "Bounded":
+        return cls(value, value, value)
+
+    @classmethod
+    def around(cls, exact: torch.Tensor, error: torch.Tensor) -> "Bounded":
+        """`exact` give or take `error`, both fp64."""
+        return cls(exact - error, exact, exact + error)
+
+    def map(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> "Bounded":
+        """The same monotone conversion of all three."""
+        return Bounded(convert(self.low), convert(self.exact), convert(self.high))
+
+
+def evaluate(program: Program, inputs: Mapping[str, torch.Tensor | None]) -> dict[str, Bounded]:
+    """Every value of `program` for the given inputs, on their device.
+
+    Inputs are tensors of the program's types, w_uk unpacked [H,P,L], cos_sin_cache joined; kv_cache is not needed.  A scale may be
+    None, meaning 1.  A CacheWrite's value is the row that it writes; the slots decide where.
+    """
+    values: dict[str, Bounded] = {}
+    for name, tensor in inputs.items():
+        if tensor is not None:
+            values[name] = Bounded.certain(tensor.double() if tensor.is_floating_point() else tensor)
+    for stage in program.stages:
+        values[stage.output] = _MEANINGS[type(stage)](stage, values)
+    return values
+
+
+def _q_absorb(stage: QAbsorb, values: Mapping[str, Bounded]) -> Bounded:
+    q, w = values[stage.q_nope].exact, values[stage.w_uk].exact
+    terms = q.shape[-1]
+    exact = torch.einsum("thp,hpl->thl", q, w)
+    # Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: a sum of n products, in any order.
+    error = (terms + 2) * UNIT_ROUNDOFF * torch.einsum("thp,hpl->thl", q.abs(), w.abs()) + terms * SMALLEST_NORMAL
+    return _round(Bounded.around(exact, error), stage.dtype)
+
+
+def _rope(stage: Rope, values: Mapping[str, Bounded]) -> Bounded:
+    x, table = values[stage.x].exact, values[stage.cos_sin].exact
+    positions = values[stage.positions].exact.long().clamp(0, table.shape[0] - 1)
+    half = x.shape[-1] // 2
+    rows = table[positions].reshape(-1, *[1] * (x.dim() - 2), 2 * half)
+    cos, sin = rows[..., :half], rows[..., half:]
+    if stage.style == "gptj":
+        a, b = x[..., 0::2], x[..., 1::2]
+    else:
+        a, b = x[..., :half], x[..., half:]
+    first, second = a * cos - b * sin, b * cos + a * sin
+    error = 3 * UNIT_ROUNDOFF * torch.stack(((a * cos).abs() + (b * sin).abs(), (b * cos).abs() + (a * sin).abs()))
+    rotated, errors = (
+        torch.stack((one, two), -1).flatten(-2) if stage.style == "gptj" else torch.cat((one, two), -1)
+        for one, two in ((first, second), (error[0], error[1]))
+    )
+    return _round(Bounded.around(rotated, errors + 2 * SMALLEST_NORMAL), stage.dtype)
+
+
+def _concat(stage: Concat, values: Mapping[str, Bounded]) -> Bounded:
+    a, b = values[stage.a], values[stage.b]
+    return Bounded(*(torch.cat(parts, -1) for parts in ((a.low, b.low), (a.exact, b.exact), (a.high, b.high))))
+
+
+def _quantize(stage: Quantize, values: Mapping[str, Bounded]) -> Bounded:
+    x = values[stage.x]
+    if not stage.dtype.is_fp8:
+        return x.map(lambda end: end.float().to(torch_dtype(stage.dtype)))
+    scale = values.get(stage.scale) if stage.scale else None
+    inverse = 1.0 if scale is None else float(1.0 / scale.exact.float().reshape(()))
+    scaled = x.map(lambda end: end * inverse)
+    # The kernel's fp32 product is rounded once more; a certain value has a certain product.
+    certain = x.low is x.exact
+    if certain:
+        scaled = scaled.map(lambda end: end.float().double())
+    else:
+        scaled = replace(scaled, low=_widen(scaled.low, -1), high=_widen(scaled.high, 1))
+    return scaled.map(lambda end: saturating_fp8(end, stage.dtype, stage.limit))
+
+
+def _cache_write(stage: CacheWrite, values: Mapping[str, Bounded]) -> Bounded:
+    return values[stage.x]
+
+
+_MEANINGS: Mapping[type[Stage], Callable[..., Bounded]] = {
+    QAbsorb: _q_absorb,
+    Rope: _rope,
+    Concat: _concat,
+    Quantize: _quantize,
+    CacheWrite: _cache_write,
+}
+
+
+def saturating_fp8(x: torch.Tensor, dtype: DType, limit: float = math.inf) -> torch.Tensor:
+    """`x` rounded to nearest even in an fp8 type, saturating at `limit` or the format's own, NaN kept."""
+    limit = min(limit, dtype.largest)
+    return x.clamp(-limit, limit).float().to(torch_dtype(dtype))
+
+
+def _round(x: Bounded, dtype: DType) -> Bounded:
+    """Rounding to a stage's type; fp32 values stay exact, their range covers the rounding."""
+    if dtype is DType.FP32:
+        return x
+    return x.map(lambda end: end.float().to(torch_dtype(dtype)).double())
+
+
+def _widen(x: torch.Tensor, direction: int) -> torch.Tensor:
+    return x + direction * (2 * UNIT_ROUNDOFF * x.abs() + SMALLEST_NORMAL)

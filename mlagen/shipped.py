@@ -1,0 +1,75 @@
+"""Which kernels the project ships: the whole matrix, and the few whose source is checked in."""
+
+from dataclasses import dataclass
+
+from mlagen.models import PRESETS, resolve_model
+from mlagen.spec import PrologueSpec
+from mlagen.target import TARGETS, Target
+
+TP_SIZES = (1, 2, 4, 8)
+OUTPUT_DTYPES = ("fp8", "model")
+"""Types of the query and of the cache; "model" stands for the model's own."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One deployment: a model on one of `tp` ranks, its spec, and the target to build for."""
+
+    model: str
+    tp: int
+    spec: PrologueSpec
+    target: Target
+
+
+def request(
+    model: str,
+    tp: int,
+    target: Target,
+    *,
+    weight: str | None = None,
+    q_dtype: str = "fp8",
+    kv_dtype: str = "fp8",
+    rounding: str = "fused",
+    fp8_max: float | None = None,
+) -> Request:
+    """The request for a model (preset or path).  Raises ModelError or SpecError."""
+    spec = PrologueSpec.from_model(
+        model, tp=tp, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max
+    )
+    spec.program(target)
+    return Request(resolve_model(model).name, tp, spec, target)
+
+
+def shipped_matrix() -> list[Request]:
+    """Every preset at every TP size that divides its heads, for every target and every query and cache type."""
+    return [
+        request(
+            name,
+            tp,
+            target,
+            q_dtype=shape.dtype if q == "model" else q,
+            kv_dtype=shape.dtype if kv == "model" else kv,
+        )
+        for target in TARGETS.values()
+        for name, shape in PRESETS.items()
+        for tp in TP_SIZES
+        if shape.heads % tp == 0
+        for q in OUTPUT_DTYPES
+        for kv in OUTPUT_DTYPES
+    ]
+
+
+def representative() -> list[Request]:
+    """The kernels whose source is checked in under generated/: between them they show every stage, dtype and tile."""
+    gfx942, gfx950 = TARGETS["gfx942"], TARGETS["gfx950"]
+    return [
+        request("deepseek-r1", 8, gfx942),
+        request("deepseek-r1", 8, gfx950),
+        request("deepseek-r1", 8, gfx950, q_dtype="bf16", kv_dtype="bf16"),
+        request("deepseek-r1", 8, gfx942, rounding="stepwise", fp8_max=224),
+        request("deepseek-r1", 8, gfx950, weight="none"),
+        request("kimi-k3", 8, gfx950),
+        request("glm-4.7-lite", 1, gfx950),
+        request("glm5-next", 8, gfx942, q_dtype="bf16"),
+        request("minicpm3", 1, gfx942),
+    ]

@@ -1,0 +1,242 @@
+"""Targets: what the compiler must know of a GPU architecture, as data.
+
+Matrix instructions are described by their lane maps, and the maps prove themselves when they are made: the generated index
+arithmetic, the packing of the weights and the host emulation all derive from the same few numbers.
+
+Sources: AMD Instinct MI300 and CDNA4 instruction set architecture guides (register files, LDS, matrix instructions and their
+register layouts), AMD's product data sheets (compute units, XCDs, HBM bandwidth).
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from mlagen.dtypes import DType
+from mlagen.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Digit:
+    """One digit of a lane or register number: it takes `size` values and moves `stride` steps along `axis` ("m", "n" or "k")."""
+
+    size: int
+    axis: str
+    stride: int
+
+
+@dataclass(frozen=True)
+class FragmentMap:
+    """Which element of a matrix operand each register of each lane holds.
+
+    A lane number is split into the `lane` digits, least significant first, and a register number into the `register` digits; each
+    coordinate is the sum of its digits' contributions.  `shape` gives the extent of the two axes.  The map must be a bijection:
+    an element held twice would be summed twice, one held nowhere would be lost.
+    """
+
+    shape: tuple[tuple[str, int], tuple[str, int]]
+    lane: tuple[Digit, ...]
+    register: tuple[Digit, ...]
+
+    def __post_init__(self) -> None:
+        extents = dict(self.shape)
+        places = {
+            tuple(self.coordinate(axis, lane, register) for axis in extents)
+            for lane, register in itertools.product(range(self.lanes), range(self.registers))
+        }
+        everything = set(itertools.product(*(range(extent) for extent in extents.values())))
+        if places != everything or len(places) != self.lanes * self.registers:
+            raise TargetError(f"fragment map {self.shape}: {self.lanes} lanes x {self.registers} registers do not cover it once")
+
+    @property
+    def lanes(self) -> int:
+        return _product(self.lane)
+
+    @property
+    def registers(self) -> int:
+        """Elements that one lane holds."""
+        return _product(self.register)
+
+    def coordinate(self, axis: str, lane: int, register: int) -> int:
+        """Position along `axis` of the element in `register` of `lane`."""
+        return _position(self.lane, axis, lane) + _position(self.register, axis, register)
+
+    def lane_expression(self, axis: str, lane: str = "lane", *, scale: int | None = None) -> str:
+        """C++ expression of the lane digits' position along `axis`; with `scale`, of the digit itself times `scale`."""
+        return _expression(self.lane, axis, lane, scale)
+
+    def register_expression(self, axis: str, register: str = "register") -> str:
+        """C++ expression of the register digits' position along `axis`."""
+        return _expression(self.register, axis, register, None)
+
+    def run(self, axis: str) -> int:
+        """How many elements a lane holds along `axis`."""
+        return _product(tuple(digit for digit in self.register if digit.axis == axis))
+
+    def groups(self, axis: str) -> int:
+        """Into how many groups the lanes fall along `axis`."""
+        return _product(tuple(digit for digit in self.lane if digit.axis == axis))
+
+
+def _product(digits: tuple[Digit, ...]) -> int:
+    product = 1
+    for digit in digits:
+        product *= digit.size
+    return product
+
+
+def _position(digits: tuple[Digit, ...], axis: str, number: int) -> int:
+    position = 0
+    for digit in digits:
+        number, value = divmod(number, digit.size)
+        if digit.axis == axis:
+            position += value * digit.stride
+    return position
+
+
+def _expression(digits: tuple[Digit, ...], axis: str, number: str, scale: int | None) -> str:
+    """C++ for _position over the digits, without operations that change nothing."""
+    terms = []
+    below, total = 1, _product(digits)
+    for digit in digits:
+        if digit.axis == axis:
+            term = number if below == 1 else f"{number} / {below}"
+            if below * digit.size != total:
+                term += f" % {digit.size}"
+            stride = digit.stride if scale is None else scale
+            terms.append(term if stride == 1 else f"{term} * {stride}")
+        below *= digit.size
+    return " + ".join(terms) or "0"
+
+
+@dataclass(frozen=True)
+class MmaAtom:
+    """One matrix instruction: D[m,n] = sum over k of A[m,k] * B[k,n] + C[m,n], fp32 accumulation, C and D mapped alike.
+
+    `builtin` is clang's name for it and `operand` the vector type that it takes for A and B.  A lane's A and B registers must agree
+    on which k they hold, or products would not meet.
+    """
+
+    builtin: str
+    operand: str
+    m: int
+    n: int
+    k: int
+    a: FragmentMap
+    b: FragmentMap
+    d: FragmentMap
+
+    def __post_init__(self) -> None:
+        expected = ((("m", self.m), ("k", self.k)), (("k", self.k), ("n", self.n)), (("m", self.m), ("n", self.n)))
+        if (self.a.shape, self.b.shape, self.d.shape) != expected:
+            raise TargetError(f"{self.builtin}: fragment shapes do not fit {self.m}x{self.n}x{self.k}")
+        if len({fragment.lanes for fragment in (self.a, self.b, self.d)}) != 1:
+            raise TargetError(f"{self.builtin}: its operands are spread over different numbers of lanes")
+
+    @property
+    def lanes(self) -> int:
+        return self.d.lanes
+
+
+def _mfma_16x16(k: int, builtin: str, operand: str) -> MmaAtom:
+    """CDNA's 16x16 family: the 64 lanes are 4 groups of 16; a group holds k/4 consecutive k of one row (A) or column (B)."""
+    held = k // 4
+    return MmaAtom(
+        builtin,
+        operand,
+        16,
+        16,
+        k,
+        a=FragmentMap((("m", 16), ("k", k)), (Digit(16, "m", 1), Digit(4, "k", held)), (Digit(held, "k", 1),)),
+        b=FragmentMap((("k", k), ("n", 16)), (Digit(16, "n", 1), Digit(4, "k", held)), (Digit(held, "k", 1),)),
+        d=FragmentMap((("m", 16), ("n", 16)), (Digit(16, "n", 1), Digit(4, "m", 4)), (Digit(4, "m", 1),)),
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """One GPU architecture.
+
+    `registers_per_lane` counts the unified file (architectural plus accumulation registers) of one SIMD lane; `xcds` are the dies
+    that workgroups are dealt to in turn, each with its own L2; `hbm_bytes_per_second` is the data sheet's peak.
+    """
+
+    arch: str
+    products: str
+    wave: int
+    registers_per_lane: int
+    simds_per_cu: int
+    max_waves_per_simd: int
+    lds_bytes: int
+    compute_units: int
+    xcds: int
+    hbm_bytes_per_second: float
+    fp8: DType
+    atoms: tuple[tuple[DType, MmaAtom], ...]
+
+    def __post_init__(self) -> None:
+        if not self.fp8.is_fp8:
+            raise TargetError(f"{self.arch}: {self.fp8} is not an fp8 type")
+        for dtype, atom in self.atoms:
+            if atom.lanes != self.wave:
+                raise TargetError(f"{self.arch}: the {dtype} atom spans {atom.lanes} lanes, a wave has {self.wave}")
+
+    def atom(self, dtype: DType) -> MmaAtom:
+        """The matrix instruction for operands of `dtype`."""
+        return dict(self.atoms)[dtype]
+
+    def waves_per_simd(self, registers: int) -> int:
+        """Waves that fit on one SIMD when each lane needs `registers`; registers are handed out in blocks of 8."""
+        return min(self.max_waves_per_simd, self.registers_per_lane // max(8, -(-registers // 8) * 8))
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        target.arch: target
+        for target in (
+            Target(
+                arch="gfx942",
+                products="MI300X, MI300A, MI325X",
+                wave=64,
+                registers_per_lane=512,
+                simds_per_cu=4,
+                max_waves_per_simd=8,
+                lds_bytes=64 * 1024,
+                compute_units=304,
+                xcds=8,
+                hbm_bytes_per_second=5.3e12,
+                fp8=DType.E4M3FNUZ,
+                atoms=(
+                    (DType.BF16, _mfma_16x16(16, "__builtin_amdgcn_mfma_f32_16x16x16bf16_1k", "int16x4")),
+                    (DType.FP16, _mfma_16x16(16, "__builtin_amdgcn_mfma_f32_16x16x16f16", "float16x4")),
+                ),
+            ),
+            Target(
+                arch="gfx950",
+                products="MI350X, MI355X",
+                wave=64,
+                registers_per_lane=512,
+                simds_per_cu=4,
+                max_waves_per_simd=8,
+                lds_bytes=160 * 1024,
+                compute_units=256,
+                xcds=8,
+                hbm_bytes_per_second=8.0e12,
+                fp8=DType.E4M3FN,
+                atoms=(
+                    (DType.BF16, _mfma_16x16(32, "__builtin_amdgcn_mfma_f32_16x16x32_bf16", "bfloat16x8")),
+                    (DType.FP16, _mfma_16x16(32, "__builtin_amdgcn_mfma_f32_16x16x32_f16", "float16x8")),
+                ),
+            ),
+        )
+    }
+)
+
+
+def find_target(arch: str) -> Target:
+    """The target called `arch`; feature suffixes as in "gfx942:sramecc+:xnack-" are accepted.  Raises TargetError."""
+    target = TARGETS.get(arch.split(":")[0]) if isinstance(arch, str) else None
+    if target is None:
+        supported = ", ".join(f"{name} ({each.products})" for name, each in TARGETS.items())
+        raise TargetError(f"arch={arch!r} is not supported: choose one of {supported}")
+    return target

@@ -1,0 +1,172 @@
+"""verify: runs a kernel on random inputs and compares every byte with the oracle."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mlagen.dtypes import model_dtype
+from mlagen.errors import VerificationError
+from mlagen.guarded import Guarded
+from mlagen.reference import Bounded, evaluate
+from mlagen.runtime import Kernel
+from mlagen.spec import PrologueSpec
+from mlagen.target import Target
+from mlagen.torch_types import torch_dtype
+
+EXACT_SHARE = 0.99
+"""Least share of fp8 codes that must equal the oracle's, where rounding allows neighbours."""
+
+EXACT_SAMPLE = 1000
+"""Elements from which on EXACT_SHARE is demanded: of a handful, one rounding tie is more than a hundredth."""
+
+MAX_POSITION = 512
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One part of one output: how much of it equals the oracle's rounding, and the largest distance in value.
+
+    `outside` counts elements that no rounding explains, `stray` bytes that were written where nothing belongs.
+    """
+
+    name: str
+    elements: int
+    exact: int
+    outside: int
+    max_error: float
+    stray: int
+    must_be_exact: bool
+
+    @property
+    def exact_share(self) -> float:
+        return self.exact / self.elements if self.elements else 1.0
+
+    @property
+    def passed(self) -> bool:
+        share = 1.0 if self.must_be_exact else EXACT_SHARE if self.elements >= EXACT_SAMPLE else 0.0
+        return not self.outside and not self.stray and self.exact_share >= share
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one launch, as the oracle wants them: w_uk unpacked, cos_sin_cache joined, the outputs between guard bytes."""
+
+    inputs: dict[str, torch.Tensor]
+    q_out: Guarded
+    kv_cache: Guarded
+
+
+def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0) -> Case:
+    """Random inputs for `tokens` rows: activations of unit size, a cache with padded blocks, some slots -1, some stale positions.
+
+    Inputs are drawn on the CPU, so that every device sees the same.
+    """
+    generator = torch.Generator().manual_seed(seed * 7919 + tokens)
+    dtype = torch_dtype(model_dtype(spec.dtype))
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    positions = torch.randint(0, MAX_POSITION, (tokens,), generator=generator)
+    angles = torch.arange(MAX_POSITION)[:, None] / 10000 ** (torch.arange(0, spec.rope_dim, 2) / max(spec.rope_dim, 1))
+    blocks = tokens // BLOCK_SIZE + 2
+    slots = torch.randperm(blocks * BLOCK_SIZE, generator=generator)[:tokens]
+    slots[3::7] = -1
+    positions[5::11] = MAX_POSITION + 1000
+    positions[6::13] = -4
+    inputs = {
+        "q_nope": draw(tokens, spec.heads, spec.q_nope_dim).to(dtype),
+        "q_pe": draw(tokens, spec.heads, spec.rope_dim).to(dtype),
+        "kv_c": draw(tokens, spec.lora_rank).to(dtype),
+        "k_pe": draw(tokens, spec.rope_dim).to(dtype),
+        "cos_sin_cache": torch.cat((angles.cos(), angles.sin()), -1).to(dtype),
+        "positions": positions,
+        "slot_mapping": slots,
+        "q_scale": torch.tensor(0.037),
+        "k_scale": torch.tensor([0.0213]),
+    }
+    if spec.absorbs:
+        inputs["w_uk"] = (draw(spec.heads, spec.nope_dim, spec.lora_rank) / spec.nope_dim**0.5).to(dtype)
+    q_dtype, kv_dtype = (torch_dtype(spec.output_dtype(name, target)) for name in (spec.q_dtype, spec.kv_dtype))
+    width = spec.entry_dim
+    rows = spec.heads + 1  # head room: heads that the kernel must leave alone
+    q_out = Guarded((tokens, rows, width), (rows * width, width, 1), q_dtype)
+    block_stride = BLOCK_SIZE * width + 64
+    kv_cache = Guarded((blocks, BLOCK_SIZE, width), (block_stride, width, 1), kv_dtype)
+    return Case(inputs, q_out, kv_cache)
+
+
+def run_case(kernel: Kernel, case: Case) -> None:
+    """Launch `kernel` on a case, writing its guarded outputs."""
+    inputs = case.inputs
+    packed = kernel.pack_weights(inputs["w_uk"]) if kernel.spec.absorbs else None
+    kernel(
+        (inputs["q_nope"], inputs["q_pe"]), inputs["kv_c"], inputs["k_pe"], packed, case.kv_cache.tensor, inputs["slot_mapping"],
+        inputs["positions"], inputs["cos_sin_cache"], q_scale=inputs["q_scale"], k_scale=inputs["k_scale"], out=case.q_out.tensor,
+    )  # fmt: skip
+
+
+def compare_case(spec: PrologueSpec, target: Target, case: Case) -> list[Comparison]:
+    """What a launch left in the case's outputs against the oracle."""
+    expected = evaluate(spec.program(target), case.inputs)
+    q, entry = expected["q_out"], expected["kv_entry"]
+    slots = case.inputs["slot_mapping"]
+    kept = slots >= 0
+    cache = case.kv_cache.tensor
+    block, place = slots[kept] // cache.shape[1], slots[kept] % cache.shape[1]
+    cache_written = torch.zeros(cache.shape, dtype=torch.bool)
+    cache_written[block, place] = True
+    q_written = torch.zeros(case.q_out.tensor.shape, dtype=torch.bool)
+    q_written[:, : spec.heads] = True
+    q_stray, kv_stray = case.q_out.stray_bytes(q_written), case.kv_cache.stray_bytes(cache_written)
+    q_actual, kv_actual = case.q_out.tensor[:, : spec.heads], cache[block, place]
+    kept_entry = entry.map(lambda end: end[kept])
+    nope, pe = slice(0, spec.lora_rank), slice(spec.lora_rank, spec.entry_dim)
+    verbatim = spec.rope_style == "none"
+    comparisons = [
+        _compare("q_out nope", q, q_actual, nope, q_stray, must_be_exact=not spec.absorbs),
+        _compare("kv_cache nope", kept_entry, kv_actual, nope, kv_stray, must_be_exact=True),
+    ]
+    if spec.rope_dim:
+        comparisons.insert(1, _compare("q_out pe", q, q_actual, pe, 0, must_be_exact=verbatim))
+        comparisons.append(_compare("kv_cache pe", kept_entry, kv_actual, pe, 0, must_be_exact=verbatim))
+    return comparisons
+
+
+def _compare(name: str, expected: Bounded, actual: torch.Tensor, columns: slice, stray: int, *, must_be_exact: bool) -> Comparison:
+    low, exact, high = (end[..., columns].double() for end in (expected.low, expected.exact, expected.high))
+    got = actual[..., columns].double()
+    both_nan = exact.isnan() & got.isnan()
+    equal = (got == exact) | both_nan
+    inside = ((got >= low) & (got <= high)) | both_nan
+    error = torch.where(equal, torch.zeros_like(got), (got - exact).abs())
+    largest = float(error.nan_to_num(nan=float("inf")).max()) if error.numel() else 0.0
+    return Comparison(name, got.numel(), int(equal.sum()), int((~inside).sum()), largest, stray, must_be_exact)
+
+
+def verify(kernel: Kernel, tokens: Iterable[int], *, seed: int = 0) -> Iterator[tuple[int, list[Comparison]]]:
+    """For each number of tokens: run the kernel on random inputs and compare.  Yields results as they come."""
+    for count in tokens:
+        case = make_case(kernel.spec, kernel.target, count, seed=seed)
+        run_case(kernel, case)
+        yield count, compare_case(kernel.spec, kernel.target, case)
+
+
+def require(kernel: Kernel, tokens: Iterable[int], *, seed: int = 0) -> None:
+    """Raise VerificationError, naming the first output that the oracle does not explain."""
+    for count, comparisons in verify(kernel, tokens, seed=seed):
+        for part in comparisons:
+            if not part.passed:
+                raise VerificationError(f"{kernel.generated.name}, {count} tokens: {describe(part)}")
+
+
+def describe(part: Comparison) -> str:
+    """One line on a comparison."""
+    text = f"{part.name}: {100 * part.exact_share:.3f} % of {part.elements} exact, max error {part.max_error:.3g}"
+    if part.outside:
+        text += f", {part.outside} elements that rounding does not explain"
+    if part.stray:
+        text += f", {part.stray} bytes written outside the output"
+    return text
