@@ -125,6 +125,7 @@ MLAGEN_DEVICE void store_words(void* to, const uint32_t (&words)[N])
 }
 
 MLAGEN_DEVICE Fragment load_fragment(const void* from) { return load_as<Fragment>(from); }
+MLAGEN_DEVICE Fragment load_weights(const void* from) { return *static_cast<const Fragment*>(from); }
 
 // x within [-limit, limit]; NaN stays NaN, which v_med3_f32 alone would turn into a number.
 MLAGEN_DEVICE float saturate(float x, float limit)
@@ -240,7 +241,10 @@ MLAGEN_DEVICE void round_to(float (&x)[N])
 // Element `i` of an index tensor, whose type is known at run time.
 MLAGEN_DEVICE int64_t load_index(const void* indices, int32_t i, int32_t is_int64)
 {
-    return is_int64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+    // No branch: the load must not wait for others behind one.
+    const int32_t* words = static_cast<const int32_t*>(indices) + (int64_t(i) << is_int64);
+    const int32_t low = words[0], high = words[is_int64];  // the same word twice where there is only one
+    return is_int64 ? int64_t(uint64_t(uint32_t(high)) << 32 | uint32_t(low)) : low;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -251,8 +255,8 @@ constexpr uint32_t THREADS = 64;  // lanes of a workgroup
 struct Arguments {
     int32_t tokens;               // T
     int32_t heads;                // H of this rank
-    const float* q_scale;         // [1], dequantisation scale; null means 1
-    const float* k_scale;         // [1], dequantisation scale; null means 1
+    const float* q_scale;         // [1], dequantisation scale
+    const float* k_scale;         // [1], dequantisation scale
     const void* positions;        // [T]
     const void* cos;              // [max_position, R/2]
     const void* sin;              // [max_position, R/2]
@@ -319,10 +323,8 @@ MLAGEN_DEVICE void load_cos_sin(const Arguments& args, int32_t token, int32_t fi
     }
 }
 
-// 1 / scale, rounded to fp32 before it meets a value, as vLLM and AITER do.
-MLAGEN_DEVICE float reciprocal(const float* scale) { return scale ? 1.0f / *scale : 1.0f; }
-
-// Quantise N values to fp8: code = round(x * inverse_scale), saturating at `limit`.
+// Quantise N values to fp8: code = round(x * inverse_scale), saturating at `limit`.  inverse_scale is 1 / scale, rounded to fp32
+// before it meets a value, as vLLM and AITER do.
 template <int N>
 MLAGEN_DEVICE void quantize(target_fp8* to, const float (&x)[N], float inverse_scale, float limit)
 {
@@ -355,15 +357,16 @@ MLAGEN_DEVICE void rotate_k_pe(const Arguments& args, uint32_t workgroup)
     if (row >= uint32_t(args.tokens)) return;
     const int32_t token = row;
     const int64_t slot = load_index(args.slot_mapping, token, args.slots_int64);
-    if (slot < 0) return;
 
     const bf16* from = args.k_pe + token * args.k_pe_token_stride + column;
     float x[16];
     load(from, x);
-    const float inverse_scale = reciprocal(args.k_scale);
+    const float scale = *args.k_scale;
     float cos[8], sin[8];
     load_cos_sin(args, token, column / 2, cos, sin);
     rotate<8>(x, cos, sin);
+    const float inverse_scale = 1.0f / scale;
+    if (slot < 0) return;  // tested last: until here, nothing waits for the slot
     fp8_e4m3fn* to = cache_entry(args, slot) + 512 + column;
     quantize(to, x, inverse_scale, 448.0f);
 }
@@ -382,10 +385,11 @@ MLAGEN_DEVICE void rotate_q_pe(const Arguments& args, uint32_t workgroup)
     const bf16* from = args.q_pe + token * args.q_pe_token_stride + head * args.q_pe_head_stride + column;
     float x[16];
     load(from, x);
-    const float inverse_scale = reciprocal(args.q_scale);
+    const float scale = *args.q_scale;
     float cos[8], sin[8];
     load_cos_sin(args, token, column / 2, cos, sin);
     rotate<8>(x, cos, sin);
+    const float inverse_scale = 1.0f / scale;
     fp8_e4m3fn* to = q_out_row(args, token, head) + 512 + column;
     quantize(to, x, inverse_scale, 448.0f);
 }
@@ -401,12 +405,13 @@ MLAGEN_DEVICE void copy_kv_c(const Arguments& args, uint32_t workgroup)
     if (row >= uint32_t(args.tokens)) return;
     const int32_t token = row;
     const int64_t slot = load_index(args.slot_mapping, token, args.slots_int64);
-    if (slot < 0) return;
 
     const bf16* from = args.kv_c + token * args.kv_c_token_stride + column;
     float x[16];
     load(from, x);
-    const float inverse_scale = reciprocal(args.k_scale);
+    const float scale = *args.k_scale;
+    const float inverse_scale = 1.0f / scale;
+    if (slot < 0) return;  // tested last: until here, nothing waits for the slot
     fp8_e4m3fn* to = cache_entry(args, slot) + column;
     quantize(to, x, inverse_scale, 448.0f);
 }
@@ -425,7 +430,8 @@ MLAGEN_DEVICE void copy_q_nope(const Arguments& args, uint32_t workgroup)
     const bf16* from = args.q_nope + token * args.q_nope_token_stride + head * args.q_nope_head_stride + column;
     float x[16];
     load(from, x);
-    const float inverse_scale = reciprocal(args.q_scale);
+    const float scale = *args.q_scale;
+    const float inverse_scale = 1.0f / scale;
     fp8_e4m3fn* to = q_out_row(args, token, head) + column;
     quantize(to, x, inverse_scale, 448.0f);
 }

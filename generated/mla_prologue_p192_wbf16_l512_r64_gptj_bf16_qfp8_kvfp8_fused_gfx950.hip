@@ -127,6 +127,7 @@ MLAGEN_DEVICE void store_words(void* to, const uint32_t (&words)[N])
 }
 
 MLAGEN_DEVICE Fragment load_fragment(const void* from) { return load_as<Fragment>(from); }
+MLAGEN_DEVICE Fragment load_weights(const void* from) { return *static_cast<const Fragment*>(from); }
 
 // x within [-limit, limit]; NaN stays NaN, which v_med3_f32 alone would turn into a number.
 MLAGEN_DEVICE float saturate(float x, float limit)
@@ -242,7 +243,10 @@ MLAGEN_DEVICE void round_to(float (&x)[N])
 // Element `i` of an index tensor, whose type is known at run time.
 MLAGEN_DEVICE int64_t load_index(const void* indices, int32_t i, int32_t is_int64)
 {
-    return is_int64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+    // No branch: the load must not wait for others behind one.
+    const int32_t* words = static_cast<const int32_t*>(indices) + (int64_t(i) << is_int64);
+    const int32_t low = words[0], high = words[is_int64];  // the same word twice where there is only one
+    return is_int64 ? int64_t(uint64_t(uint32_t(high)) << 32 | uint32_t(low)) : low;
 }
 
 // sums += w * q over the k of one fragment: 1 matrix instruction(s) of 32 k.
@@ -265,8 +269,8 @@ struct Arguments {
     int32_t tokens;                     // T
     int32_t heads;                      // H of this rank
     int32_t token_tiles_per_workgroup;  // how many token tiles an absorb workgroup takes
-    const float* q_scale;               // [1], dequantisation scale; null means 1
-    const float* k_scale;               // [1], dequantisation scale; null means 1
+    const float* q_scale;               // [1], dequantisation scale
+    const float* k_scale;               // [1], dequantisation scale
     const void* positions;              // [T]
     const void* cos;                    // [max_position, R/2]
     const void* sin;                    // [max_position, R/2]
@@ -330,10 +334,8 @@ MLAGEN_DEVICE void load_cos_sin(const Arguments& args, int32_t token, int32_t fi
     }
 }
 
-// 1 / scale, rounded to fp32 before it meets a value, as vLLM and AITER do.
-MLAGEN_DEVICE float reciprocal(const float* scale) { return scale ? 1.0f / *scale : 1.0f; }
-
-// Quantise N values to fp8: code = round(x * inverse_scale), saturating at `limit`.
+// Quantise N values to fp8: code = round(x * inverse_scale), saturating at `limit`.  inverse_scale is 1 / scale, rounded to fp32
+// before it meets a value, as vLLM and AITER do.
 template <int N>
 MLAGEN_DEVICE void quantize(target_fp8* to, const float (&x)[N], float inverse_scale, float limit)
 {
@@ -380,15 +382,16 @@ MLAGEN_DEVICE void rotate_k_pe(const Arguments& args, uint32_t workgroup)
     if (row >= uint32_t(args.tokens)) return;
     const int32_t token = row;
     const int64_t slot = load_index(args.slot_mapping, token, args.slots_int64);
-    if (slot < 0) return;
 
     const bf16* from = args.k_pe + token * args.k_pe_token_stride + column;
     float x[16];
     load(from, x);
-    const float inverse_scale = reciprocal(args.k_scale);
+    const float scale = *args.k_scale;
     float cos[8], sin[8];
     load_cos_sin(args, token, column / 2, cos, sin);
     rotate<8>(x, cos, sin);
+    const float inverse_scale = 1.0f / scale;
+    if (slot < 0) return;  // tested last: until here, nothing waits for the slot
     fp8_e4m3fn* to = cache_entry(args, slot) + 512 + column;
     quantize(to, x, inverse_scale, 448.0f);
 }
@@ -407,10 +410,11 @@ MLAGEN_DEVICE void rotate_q_pe(const Arguments& args, uint32_t workgroup)
     const bf16* from = args.q_pe + token * args.q_pe_token_stride + head * args.q_pe_head_stride + column;
     float x[16];
     load(from, x);
-    const float inverse_scale = reciprocal(args.q_scale);
+    const float scale = *args.q_scale;
     float cos[8], sin[8];
     load_cos_sin(args, token, column / 2, cos, sin);
     rotate<8>(x, cos, sin);
+    const float inverse_scale = 1.0f / scale;
     fp8_e4m3fn* to = q_out_row(args, token, head) + 512 + column;
     quantize(to, x, inverse_scale, 448.0f);
 }
@@ -426,14 +430,27 @@ MLAGEN_DEVICE void copy_kv_c(const Arguments& args, uint32_t workgroup)
     if (row >= uint32_t(args.tokens)) return;
     const int32_t token = row;
     const int64_t slot = load_index(args.slot_mapping, token, args.slots_int64);
-    if (slot < 0) return;
 
     const bf16* from = args.kv_c + token * args.kv_c_token_stride + column;
     float x[16];
     load(from, x);
-    const float inverse_scale = reciprocal(args.k_scale);
+    const float scale = *args.k_scale;
+    const float inverse_scale = 1.0f / scale;
+    if (slot < 0) return;  // tested last: until here, nothing waits for the slot
     fp8_e4m3fn* to = cache_entry(args, slot) + column;
     quantize(to, x, inverse_scale, 448.0f);
+}
+
+// One lane's part of a token tile of q_nope: 8 consecutive k of each chunk of one token.
+MLAGEN_DEVICE void load_query_tile(const Arguments& args, int32_t head, int32_t tile, Fragment (&q)[CHUNKS])
+{
+    const uint32_t lane = thread_id() % WAVE;
+    const int32_t k_first = lane / 16 * 8;
+    const int32_t token = tile * TOKEN_TILE + lane % 16;
+    const int32_t read_token = token < args.tokens ? token : args.tokens - 1;  // lanes past the last token read it again
+    const bf16* row =
+        args.q_nope + read_token * args.q_nope_token_stride + head * args.q_nope_head_stride;
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) q[chunk] = load_fragment(row + chunk * CHUNK + k_first);
 }
 
 // absorb_q_nope: q_nope -> q_absorb -> quantize to fp8_e4m3fn -> q_out[:, :, 0:512]
@@ -444,44 +461,43 @@ MLAGEN_DEVICE void copy_kv_c(const Arguments& args, uint32_t workgroup)
 MLAGEN_DEVICE void absorb_q_nope(const Arguments& args, uint32_t workgroup)
 {
     const uint32_t lane = thread_id() % WAVE;
-    const int32_t k_first = lane / 16 * 8;
     const int32_t l_first = lane / 16 * 8;
-    const int32_t token_in_tile = lane % 16;
 
     // The workgroups of one head are XCDS apart, so that its weights are fetched into one L2 only.
     const uint32_t head_groups = (args.heads + XCDS - 1) / XCDS;
     const uint32_t part = workgroup / XCDS % (L_TILES / WAVES);
     const uint32_t rest = workgroup / XCDS / (L_TILES / WAVES);
-    const int32_t head = rest % head_groups * XCDS + workgroup % XCDS;
-    const int32_t split = rest / head_groups;
+    // Only with many tokens is there more than one split: the others spare themselves the division.
+    const uint32_t split = rest < head_groups ? 0 : rest / head_groups;
+    const int32_t head = (rest - split * head_groups) * XCDS + workgroup % XCDS;
     if (head >= args.heads) return;
     const int32_t l_tile = part;
 
     // All of the weights first: they depend on nothing.
+    constexpr int32_t TILE_FRAGMENTS = CHUNKS * M_TILES;
     constexpr int32_t FRAGMENT = WAVE * FRAGMENT_K;  // elements that the lanes load side by side
-    const bf16* packed = args.w_uk + (int64_t(head) * L_TILES + l_tile) * (CHUNKS * M_TILES * FRAGMENT) + lane * FRAGMENT_K;
+    const bf16* packed = args.w_uk + (int64_t(head) * L_TILES + l_tile) * (TILE_FRAGMENTS * FRAGMENT) + lane * FRAGMENT_K;
     Fragment w[CHUNKS][M_TILES];
     for (int chunk = 0; chunk < CHUNKS; ++chunk)
-        for (int m = 0; m < M_TILES; ++m) w[chunk][m] = load_fragment(packed + (chunk * M_TILES + m) * FRAGMENT);
+        for (int m = 0; m < M_TILES; ++m) w[chunk][m] = load_weights(packed + (chunk * M_TILES + m) * FRAGMENT);
 
     const int32_t tiles = (args.tokens + TOKEN_TILE - 1) / TOKEN_TILE;
     const int32_t first_tile = split * args.token_tiles_per_workgroup;
     const int32_t next_tile = first_tile + args.token_tiles_per_workgroup;
     const int32_t end_tile = next_tile < tiles ? next_tile : tiles;
-    const float inverse_scale = reciprocal(args.q_scale);
+
+    // The first tokens are asked for before anything is waited for, the next ones while a tile is converted and stored.
+    Fragment q[CHUNKS];
+    load_query_tile(args, head, first_tile, q);
+    const float inverse_scale = 1.0f / *args.q_scale;
 
     for (int32_t tile = first_tile; tile < end_tile; ++tile) {
-        const int32_t token = tile * TOKEN_TILE + token_in_tile;
-        const int32_t read_token = token < args.tokens ? token : args.tokens - 1;  // lanes past the last token read it again
-        const bf16* q_row =
-            args.q_nope + read_token * args.q_nope_token_stride + head * args.q_nope_head_stride;
-        Fragment q[CHUNKS];
-        for (int chunk = 0; chunk < CHUNKS; ++chunk) q[chunk] = load_fragment(q_row + chunk * CHUNK + k_first);
-
         Accumulator sums[M_TILES] = {};
         for (int chunk = 0; chunk < CHUNKS; ++chunk)
             for (int m = 0; m < M_TILES; ++m) sums[m] = multiply(w[chunk][m], q[chunk], sums[m]);
+        if (tile + 1 < end_tile) load_query_tile(args, head, tile + 1, q);
 
+        const int32_t token = tile * TOKEN_TILE + lane % 16;
         float x[L_RUN];
         for (int i = 0; i < L_RUN; ++i) x[i] = sums[i / 4][i % 4];
         fp8_e4m3fn* to = q_out_row(args, token, head) + l_tile * L_TILE + l_first;

@@ -63,7 +63,7 @@ def kernel_arguments(lowered: Lowered) -> tuple[Argument, ...]:
         int32("token_tiles_per_workgroup", "how many token tiles an absorb workgroup takes")
     for sink in (q, kv):
         if sink and sink.quantize.scale:
-            pointer(sink.quantize.scale, "const float", "[1], dequantisation scale; null means 1")
+            pointer(sink.quantize.scale, "const float", "[1], dequantisation scale")
     if lowered.ropes:
         pointer("positions", "const void", "[T]")
         pointer("cos", "const void", "[max_position, R/2]")
@@ -90,10 +90,12 @@ def kernel_arguments(lowered: Lowered) -> tuple[Argument, ...]:
     return tuple(arguments)
 
 
-def pack_arguments(arguments: tuple[Argument, ...], values: dict[str, int]) -> bytes:
-    """The argument block as the hardware reads it: each value at its natural alignment."""
-    block = bytearray()
+def block_format(arguments: tuple[Argument, ...]) -> str:
+    """struct-module format of the argument block: each value at its natural alignment, as the hardware reads it."""
+    formats, size = ["<"], 0
     for argument in arguments:
-        size = struct.calcsize(argument.format)
-        block += b"\0" * (-len(block) % size) + struct.pack("<" + argument.format, values[argument.name])
-    return bytes(block)
+        width = struct.calcsize("<" + argument.format)
+        padding = -size % width
+        formats.append(f"{padding}x{argument.format}" if padding else argument.format)
+        size += padding + width
+    return "".join(formats)

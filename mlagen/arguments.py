@@ -18,13 +18,26 @@ Pair = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
-class Bound:
-    """Checked arguments: `values` by argument name, `out` the query output, and the tensors that the values point into."""
+class Binding:
+    """What the arguments of a launch fix apart from where they lie.
+
+    `values` are the arguments that are numbers; `pointers` say, for each argument that is an address, in which of the call's
+    tensors it lies and how many bytes from its start; `wide` are those that the kernel reads or writes 16 bytes at a time, and
+    `aligned` says that all of their strides are multiples of 16 bytes.
+    """
 
     tokens: int
     values: dict[str, int]
-    out: torch.Tensor
-    tensors: tuple[torch.Tensor, ...]
+    pointers: dict[str, tuple[int, int]]
+    wide: tuple[str, ...]
+    aligned: bool
+
+
+TENSORS = (
+    *("q", "q_pe", "kv_c", "k_pe", "packed", "kv_cache", "slot_mapping", "positions"),
+    *("cos_sin_cache", "sin", "q_scale", "k_scale", "out"),
+)
+"""The tensors of a call in order; a pair takes the place of its joined tensor and the one after it."""
 
 
 class Checker:
@@ -36,9 +49,19 @@ class Checker:
         self.fp8 = torch_dtype(target.fp8)
 
     def tensor(
-        self, name: str, value: object, shape: Sequence[int | str | None], dtypes: Sequence[torch.dtype], *, rows_free: bool = True
+        self,
+        name: str,
+        value: object,
+        shape: Sequence[int | str | None],
+        dtypes: Sequence[torch.dtype],
+        *,
+        rows_free: bool = True,
+        last_free: bool = False,
     ) -> torch.Tensor:
-        """A tensor of the given shape (None: any extent, a string: at least that many), type, device and unit last stride."""
+        """A tensor of the given shape (None: any extent, a string: at least that many), type and device.
+
+        Its last stride is 1 unless `last_free`; its other strides are free if `rows_free`.
+        """
         if not isinstance(value, torch.Tensor):
             raise ArgumentError(f"{name}: expected a tensor {_shape(shape)}, got {type(value).__name__}")
         fits = value.dim() == len(shape) and all(
@@ -51,7 +74,7 @@ class Checker:
             raise ArgumentError(f"{name}: dtype {_name(value.dtype)}, {self._expected(value.dtype, dtypes)}")
         if value.device != self.device:
             raise ArgumentError(f"{name}: on device {value.device}, this kernel runs on {self.device}")
-        if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        if not last_free and value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
             raise ArgumentError(f"{name}: last stride {value.stride(-1)}, expected 1: call .contiguous() on it")
         if not rows_free and not value.is_contiguous():
             raise ArgumentError(f"{name}: strides {list(value.stride())}, expected contiguous: call .contiguous() on it")
@@ -63,12 +86,26 @@ class Checker:
             text += f": the other fp8 flavour; {self.target.arch} computes in {self.target.fp8}, the same bytes mean other values"
         return text
 
+    def pair(self, name: str, parts: str, value: object) -> tuple[object, object]:
+        """The two members of a pair."""
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            size = f"{len(value)} tensors" if isinstance(value, tuple | list) else type(value).__name__
+            raise ArgumentError(f"{name}: {size}, expected one tensor or a pair {parts}")
+        return value[0], value[1]
+
+    def weights(self, w_uk: object) -> torch.Tensor:
+        """W_UK [H,P,L] of any strides."""
+        spec = self.spec
+        shape = (spec.heads, spec.nope_dim, spec.lora_rank)
+        if isinstance(w_uk, torch.Tensor) and tuple(w_uk.shape) == shape:
+            return self.tensor("w_uk", w_uk, shape, (self.model,), last_free=True)
+        found = list(w_uk.shape) if isinstance(w_uk, torch.Tensor) else type(w_uk).__name__
+        raise ArgumentError(f"w_uk: {found}, expected a tensor {list(shape)} as [H, P, L]; transpose it with .mT if need be")
+
     def query(self, q: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q_nope [T,H,P] and q_pe [T,H,R] from one tensor or from a pair."""
         spec = self.spec
-        if isinstance(q, tuple | list):
-            if len(q) != 2:
-                raise ArgumentError(f"q: {len(q)} tensors, expected one tensor or a pair (q_nope, q_pe)")
+        if isinstance(q, tuple):
             q_nope = self.tensor("q[0] (q_nope)", q[0], (None, spec.heads, spec.q_nope_dim), (self.model,))
             if spec.rope_dim == 0 and q[1] is None:
                 return q_nope, None
@@ -80,19 +117,15 @@ class Checker:
         """cos and sin [max_position, R/2] from the joined cache or from a pair."""
         half = self.spec.rope_dim // 2
         dtypes = (self.model, torch.float32)
-        if isinstance(cos_sin_cache, tuple | list):
-            if len(cos_sin_cache) != 2:
-                raise ArgumentError(f"cos_sin_cache: {len(cos_sin_cache)} tensors, expected one tensor or a pair (cos, sin)")
+        if isinstance(cos_sin_cache, tuple):
             cos = self.tensor("cos_sin_cache[0] (cos)", cos_sin_cache[0], (">=1", half), dtypes)
             sin = self.tensor("cos_sin_cache[1] (sin)", cos_sin_cache[1], (cos.shape[0], half), (cos.dtype,))
             return cos, sin
         joined = self.tensor("cos_sin_cache", cos_sin_cache, (">=1", 2 * half), dtypes)
         return joined[:, :half], joined[:, half:]
 
-    def scale(self, name: str, value: object) -> torch.Tensor | None:
-        """A 0-dim or one-element fp32 tensor on the device, or None."""
-        if value is None:
-            return None
+    def scale(self, name: str, value: object) -> torch.Tensor:
+        """A 0-dim or one-element fp32 tensor on the device."""
         if not isinstance(value, torch.Tensor):
             raise ArgumentError(
                 f"{name}: expected an fp32 tensor on {self.device} or None, got {type(value).__name__}: "
@@ -106,81 +139,94 @@ class Checker:
         """An int64 or int32 vector."""
         return self.tensor(name, value, (extent,), (torch.int64, torch.int32), rows_free=False)
 
+    def output(self, out: object, tokens: int) -> torch.Tensor:
+        """q_out [T, H' >= H, L+R]."""
+        dtype = self.fp8 if self.spec.q_dtype == "fp8" else self.model
+        found = self.tensor("out", out, (tokens, f">={self.spec.heads}", self.spec.entry_dim), (dtype,))
+        return self.distinct_rows("out", found)
+
+    def distinct_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that is written: none of its dimensions is one row seen many times."""
+        if any(stride == 0 and extent > 1 for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ArgumentError(
+                f"{name}: strides {list(tensor.stride())}, its rows overlap: pass one that was not made by expand()"
+            )
+        return tensor
+
     def cache(self, value: object) -> torch.Tensor:
         """kv_cache [blocks, block_size, L+R]; uint8 is read as the arch's fp8."""
         dtypes = (self.fp8, torch.uint8) if self.spec.kv_dtype == "fp8" else (self.model,)
-        return self.tensor("kv_cache", value, (None, ">=1", self.spec.entry_dim), dtypes)
+        return self.distinct_rows("kv_cache", self.tensor("kv_cache", value, (None, ">=1", self.spec.entry_dim), dtypes))
 
 
-def bind(
-    checker: Checker,
-    packed_shape: Sequence[int],
-    q: object,
-    kv_c: object,
-    k_pe: object,
-    packed: object,
-    kv_cache: object,
-    slot_mapping: object,
-    positions: object,
-    cos_sin_cache: object,
-    q_scale: object,
-    k_scale: object,
-    out: object,
-) -> Bound:
-    """Check everything and give the kernel's argument values.  Raises ArgumentError before anything is launched."""
+WIDE = ("w_uk", "q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "kv_cache")
+"""Arguments that point to rows, which the kernel reads and writes WIDE_BYTES at a time."""
+
+WIDE_BYTES = 16
+
+
+def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object], *, q_pair: bool, cos_sin_pair: bool) -> Binding:
+    """Check the tensors of a call, in the order of TENSORS.  Raises ArgumentError before anything is launched."""
     spec = checker.spec
-    q_nope, q_pe = checker.query(q)
+    given = dict(zip(TENSORS, tensors, strict=True))
+    q_nope, q_pe = checker.query((given["q"], given["q_pe"]) if q_pair else given["q"])
     tokens = q_nope.shape[0]
-    latent = checker.tensor("kv_c", kv_c, (tokens, spec.lora_rank), (checker.model,))
-    cache = checker.cache(kv_cache)
-    slots = checker.indices("slot_mapping", slot_mapping, f">={tokens}")
-    tensors = {"q_nope": q_nope, "kv_c": latent, "slot_mapping": slots, "kv_cache": cache}
+    latent = checker.tensor("kv_c", given["kv_c"], (tokens, spec.lora_rank), (checker.model,))
+    cache = checker.cache(given["kv_cache"])
+    slots = checker.indices("slot_mapping", given["slot_mapping"], f">={tokens}")
+    views = {
+        "q_nope": ("q", q_nope),
+        "kv_c": ("kv_c", latent),
+        "slot_mapping": ("slot_mapping", slots),
+        "kv_cache": ("kv_cache", cache),
+    }
     if spec.rope_dim:
         assert q_pe is not None, "query() gives q_pe where there is one"
+        k_pe = given["k_pe"]
         shape = (tokens, 1, spec.rope_dim) if isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3 else (tokens, spec.rope_dim)
-        tensors |= {"q_pe": q_pe, "k_pe": checker.tensor("k_pe", k_pe, shape, (checker.model,))}
+        views["q_pe"] = ("q_pe" if q_pair else "q", q_pe)
+        views["k_pe"] = ("k_pe", checker.tensor("k_pe", k_pe, shape, (checker.model,)))
     if spec.absorbs:
-        tensors["w_uk"] = checker.tensor("packed", packed, (spec.heads, *packed_shape), (checker.model,), rows_free=False)
-    elif packed is not None:
+        packed = checker.tensor("packed", given["packed"], (spec.heads, *packed_shape), (checker.model,), rows_free=False)
+        views["w_uk"] = ("packed", packed)
+    elif given["packed"] is not None:
         raise ArgumentError("packed: this kernel does no absorb (weight='none'), pass None")
     values: dict[str, int] = {"tokens": tokens, "heads": spec.heads}
     if spec.rope_style != "none":
-        cos, sin = checker.rotary(cos_sin_cache)
-        tensors |= {"positions": checker.indices("positions", positions, tokens), "cos": cos, "sin": sin}
+        cos, sin = checker.rotary((given["cos_sin_cache"], given["sin"]) if cos_sin_pair else given["cos_sin_cache"])
+        positions = checker.indices("positions", given["positions"], tokens)
+        views |= {"positions": ("positions", positions), "cos": ("cos_sin_cache", cos)}
+        views["sin"] = ("sin" if cos_sin_pair else "cos_sin_cache", sin)
         values |= {
             "cos_stride": cos.stride(0),
             "sin_stride": sin.stride(0),
             "max_position": cos.shape[0],
-            "positions_int64": int(tensors["positions"].dtype is torch.int64),
+            "positions_int64": int(positions.dtype is torch.int64),
             "cos_sin_float": int(cos.dtype is torch.float32),
         }
-    scales = {"q_scale": checker.scale("q_scale", q_scale), "k_scale": checker.scale("k_scale", k_scale)}
-    q_out = _output(checker, out, tokens)
-    tensors["q_out"] = q_out
+    for name in ("q_scale", "k_scale"):
+        views[name] = (name, checker.scale(name, given[name]))
+    views["q_out"] = ("out", checker.output(given["out"], tokens))
     for name in ("q_nope", "q_pe", "q_out"):
-        if name in tensors:
-            values |= {f"{name}_token_stride": tensors[name].stride(0), f"{name}_head_stride": tensors[name].stride(1)}
+        if name in views:
+            values |= {f"{name}_token_stride": views[name][1].stride(0), f"{name}_head_stride": views[name][1].stride(1)}
     for name in ("kv_c", "k_pe"):
-        if name in tensors:
-            values[f"{name}_token_stride"] = tensors[name].stride(0)
+        if name in views:
+            values[f"{name}_token_stride"] = views[name][1].stride(0)
     values |= {
         "block_stride": cache.stride(0),
         "entry_stride": cache.stride(1),
         "block_size": cache.shape[1],
         "slots_int64": int(slots.dtype is torch.int64),
     }
-    values |= {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    values |= {name: 0 if scale is None else scale.data_ptr() for name, scale in scales.items()}
-    kept = (*tensors.values(), *(scale for scale in scales.values() if scale is not None))
-    return Bound(tokens, values, q_out, kept)
-
-
-def _output(checker: Checker, out: object, tokens: int) -> torch.Tensor:
-    spec = checker.spec
-    dtype = checker.fp8 if spec.q_dtype == "fp8" else checker.model
-    if out is None:
-        return torch.empty((tokens, spec.heads, spec.entry_dim), dtype=dtype, device=checker.device)
-    return checker.tensor("out", out, (tokens, f">={spec.heads}", spec.entry_dim), (dtype,))
+    pointers = {}
+    for name, (tensor, view) in views.items():
+        base = given[tensor]
+        assert isinstance(base, torch.Tensor), "only tensors were accepted"
+        pointers[name] = (TENSORS.index(tensor), view.data_ptr() - base.data_ptr())
+    wide = tuple(name for name in views if name in WIDE)
+    strides = [stride * view.element_size() for _, view in map(views.__getitem__, wide) for stride in view.stride()[:-1]]
+    return Binding(tokens, values, pointers, wide, not any(stride % WIDE_BYTES for stride in strides))
 
 
 def _shape(shape: Sequence[int | str | None]) -> str:

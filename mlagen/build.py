@@ -13,7 +13,7 @@ from mlagen.abi import ABI_VERSION
 from mlagen.codegen import GeneratedKernel, generate
 from mlagen.errors import RequestError
 from mlagen.machine_code import read_instruction_mix, read_resources, refuse_spills
-from mlagen.manifest import MANIFEST, Entries, check_writable, manifest_text, read_manifest, sha256, write_folder
+from mlagen.manifest import MANIFEST, Entries, check_writable, read_manifest, sha256, write_folder
 from mlagen.shipped import Request
 from mlagen.toolchain import compile_device
 
@@ -68,7 +68,7 @@ def compile_all(requests: Sequence[Request], toolchain: str, progress: Progress)
     """Compile the distinct kernels of `requests`, in parallel over the cores, in a fixed order.  The first error ends it."""
     kernels = list(group_requests(requests).values())
     built: list[BuiltKernel] = []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         waiting = [pool.submit(compile_kernel, generated, served, toolchain) for generated, served in kernels]
         try:
             for future in waiting:
@@ -89,16 +89,26 @@ def build(
     ToolchainError, BuildError.
     """
     check_writable(out)
-    kept = {} if sources_only or not (out / MANIFEST).exists() else read_manifest(out)
+    if not sources_only:
+        _kernels_in(out)  # a manifest that is not ours is refused before anything is compiled
     built = compile_all(requests, toolchain, progress)
     files: dict[str, bytes] = {}
     for kernel in built:
         files[kernel.entry["source"]["file"]] = kernel.generated.source.encode()
         if not sources_only:
             files[kernel.entry["binary"]["file"]] = kernel.binary
-    files[MANIFEST] = manifest_text({**kept, **_entries(built, kept, sources_only)}).encode()
-    write_folder(out, files)
+
+    def entries() -> Entries:
+        kept = {} if sources_only else _kernels_in(out)
+        return {**kept, **_entries(built, kept, sources_only)}
+
+    write_folder(out, files, entries)
     return built
+
+
+def _kernels_in(out: Path) -> Entries:
+    """What an earlier build left in `out`, if anything.  Raises RequestError."""
+    return read_manifest(out) if (out / MANIFEST).exists() else {}
 
 
 def _entries(built: Sequence[BuiltKernel], kept: Entries, sources_only: bool) -> Entries:
@@ -108,36 +118,48 @@ def _entries(built: Sequence[BuiltKernel], kept: Entries, sources_only: bool) ->
         entry = dict(kernel.entry)
         if sources_only:
             entry["binary"] = {key: value for key, value in entry["binary"].items() if key != "file"}
-        served = kept.get(kernel.generated.name, {}).get("serves", [])
-        entry["serves"] = [each for each in served if each not in entry["serves"]] + entry["serves"]
+        served = kept.get(kernel.generated.name, {}).get("serves", []) + entry["serves"]
+        entry["serves"] = [each for place, each in enumerate(served) if each not in served[:place]]
         entries[kernel.generated.name] = entry
     return entries
 
 
 def check(requests: Sequence[Request], out: Path, *, exclusive: bool = False) -> list[str]:
-    """How the sources in `out` differ from what would be generated now: lines of a report, none where all is the same.
+    """How `out` differs from what `build` would write now, binaries aside: lines of a report, none where all is the same.
 
-    With `exclusive` a source that none of the requests asks for is a difference, too.
+    With `exclusive` a file or an entry that none of the requests asks for is a difference, too.  Raises RequestError where `out`
+    is no folder.
     """
-    report: list[str] = []
+    if not os.path.isdir(out):
+        raise RequestError(f"{out}: no folder of that name; build it first, or name the one to check with --out")
     kernels = group_requests(requests)
+    report: list[str] = []
+    for name, (generated, _) in sorted(kernels.items()):
+        report += _source_differences(out / f"{name}.hip", generated.source)
     try:
         listed = read_manifest(out)
     except RequestError as error:
-        return [str(error)]
+        return [*report, str(error)]
     for name, (generated, _) in sorted(kernels.items()):
-        path = out / f"{name}.hip"
-        if not path.exists():
-            report.append(f"{path}: missing")
-            continue
-        found = path.read_text(encoding="utf-8")
-        if found != generated.source:
-            diff = difflib.unified_diff(
-                found.splitlines(), generated.source.splitlines(), str(path), "generated now", lineterm="", n=1
-            )
-            report += [f"{path}: differs", *diff]
         if listed.get(name, {}).get("source", {}).get("sha256") != generated.source_sha256:
             report.append(f"{out / MANIFEST}: its entry for {name} is missing or describes another source")
     if exclusive:
-        report += [f"{path}: nothing asks for it any more" for path in sorted(out.glob("*.hip")) if path.stem not in kernels]
+        report += [f"{out / MANIFEST}: nothing asks for {name} any more" for name in sorted(listed.keys() - kernels.keys())]
+        expected = {MANIFEST, *(f"{name}.hip" for name in kernels)}
+        report += [
+            f"{path}: nothing asks for it any more; delete it" for path in sorted(out.iterdir()) if path.name not in expected
+        ]
     return report
+
+
+def _source_differences(path: Path, expected: str) -> list[str]:
+    """What a reviewer has to see of a file that should hold `expected`; nothing where it does."""
+    try:
+        found = path.read_bytes()
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    if found == expected.encode():
+        return []
+    # Neither universal newlines nor splitlines(): a carriage return or a missing end of line is a difference.
+    before, after = found.decode("utf-8", "backslashreplace").split("\n"), expected.split("\n")
+    return [f"{path}: differs", *difflib.unified_diff(before, after, str(path), "generated now", lineterm="", n=1)]

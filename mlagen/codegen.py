@@ -1,7 +1,7 @@
 """Codegen: a lowered Program, a Schedule and a Target become HIP source.  Pure: the same input gives the same bytes.
 
-Python computes the numbers and chooses the text; the templates hold the code.  Two platforms share the rendered kernel: "amd", the
-source that is shipped, and "host", where the same kernel follows a library that runs the lanes on the CPU.
+Python computes the numbers and chooses the text; the templates hold the code.  The platforms share the rendered kernel: a
+target's own, "amd" or "nvidia", and "host", where the same text follows a library that runs the lanes on the CPU.
 """
 
 import functools
@@ -22,6 +22,9 @@ from mlagen.lowering import Lowered, Segment, Sink, lower
 from mlagen.schedule import AbsorbTiles, Pieces, Schedule, choose_schedule
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
+
+ROW_ALIGNMENT = 16
+"""Bytes: the widest access of a lane."""
 
 MARK = "// The kernel.  From here on the text is the same on every platform."
 """The line after which host and device source are the same bytes."""
@@ -45,11 +48,16 @@ class GeneratedKernel:
 
 
 @functools.cache
-def generate(spec: PrologueSpec, target: Target) -> GeneratedKernel:
-    """The kernel of `spec` on `target`, with the schedule that choose_schedule gives."""
+def generate(spec: PrologueSpec, target: Target, *, aligned: bool = True) -> GeneratedKernel:
+    """The kernel of `spec` on `target`, with the schedule that choose_schedule gives.
+
+    `aligned` promises that all rows start at multiples of ROW_ALIGNMENT bytes; a target with unaligned access does not care.
+    """
+    aligned = aligned or target.unaligned_access
     program = spec.program(target)
     lowered = lower(program)
-    return render(kernel_name(spec, target), program, lowered, choose_schedule(lowered, target), target)
+    name = kernel_name(spec, target) + ("" if aligned else "_unaligned")
+    return render(name, program, lowered, choose_schedule(lowered, target), target, aligned=aligned)
 
 
 def kernel_name(spec: PrologueSpec, target: Target) -> str:
@@ -58,14 +66,16 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
     parts = ["mla_prologue", product, f"l{spec.lora_rank}", f"r{spec.rope_dim}", spec.rope_style, spec.dtype]
     parts += [f"q{spec.q_dtype}", f"kv{spec.kv_dtype}", spec.rounding]
     if spec.fp8_max is not None and spec.fp8_max != target.fp8.largest:
-        parts.append(f"max{spec.fp8_max:g}".replace(".", "p"))
+        parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
     return "_".join([*parts, target.arch])
 
 
-def render(name: str, program: Program, lowered: Lowered, schedule: Schedule, target: Target) -> GeneratedKernel:
+def render(
+    name: str, program: Program, lowered: Lowered, schedule: Schedule, target: Target, *, aligned: bool = True
+) -> GeneratedKernel:
     """Render a kernel called `name`.  `program` is only quoted in its head; the code comes from `lowered` and `schedule`."""
     arguments = kernel_arguments(lowered)
-    context = _context(name, program, lowered, schedule, target, arguments)
+    context = {**_context(name, program, lowered, schedule, target, arguments), "aligned": aligned}
     environment = _environment()
 
     def source(platform: str) -> str:
@@ -74,7 +84,7 @@ def render(name: str, program: Program, lowered: Lowered, schedule: Schedule, ta
             text += environment.get_template("host_entry.cpp.j2").render(context)
         return re.sub(r"\n{3,}", "\n\n", text)
 
-    return GeneratedKernel(name, target.arch, source("amd"), source("host"), lowered, schedule, arguments)
+    return GeneratedKernel(name, target.arch, source(target.platform), source("host"), lowered, schedule, arguments)
 
 
 @functools.cache
@@ -102,7 +112,7 @@ def _platform(platform: str, lowered: Lowered, context: Mapping[str, Any]) -> st
     """The device library of a platform: primitives, element types, conversions, memory access, the matrix product."""
     fp8 = context["target"].fp8.value.cpp
     parts = [
-        _template_text(f"lib/{platform}.h"),
+        _environment().get_template(f"lib/{platform}.h").render(context),
         _template_text("lib/elements.h"),
         f"using target_fp8 = {fp8};  // the flavour of {context['target'].arch}\n",
         _template_text(f"lib/{platform}_convert.h"),
@@ -146,7 +156,8 @@ def _context(
         "rope": lowered.ropes[0] if lowered.ropes else None,
         "model": lowered.model_dtype.value.cpp,
         "atom": atom,
-        "tiles": _tiles_context(schedule.absorb) if schedule.absorb else None,
+        "tiles": schedule.absorb,
+        "lanes": _lane_expressions(schedule.absorb) if schedule.absorb else None,
         "q": _sink_context(q, lowered) if q else None,
         "kv": _sink_context(kv, lowered) if kv else None,
     }
@@ -172,29 +183,20 @@ def _rows(names: list[str], width: int = 116) -> list[str]:
     return rows
 
 
-def _tiles_context(tiles: AbsorbTiles) -> Mapping[str, Any]:
-    """The tiles' numbers, and the lane arithmetic as C++ expressions."""
-    fields = (
-        "nope_dim",
-        "l_tile",
-        "l_tiles",
-        "l_run",
-        "l_held",
-        "m_tiles",
-        "chunk",
-        "chunks",
-        "fragment_k",
-        "token_tile",
-        "padded",
-    )
-    return MappingProxyType(
-        {
-            **{field: getattr(tiles, field) for field in (*fields, "atoms_per_chunk")},
-            "k_first": tiles.atom.b.lane_expression("k", scale=tiles.fragment_k),
-            "l_first": tiles.atom.d.lane_expression("m", scale=tiles.l_run),
-            "token": tiles.atom.d.lane_expression("n"),
-        }
-    )
+def _lane_expressions(tiles: AbsorbTiles) -> Mapping[str, str]:
+    """The lane arithmetic of the absorb, from the atom's maps, as C++ expressions.
+
+    k_first: first k of a lane's fragment of q; read_token: its token within a tile; sum_token: the first token of its sums;
+    l_first: its first latent column within a tile; sum: the register of sum number i % l_held of token number `column`.
+    """
+    atom = tiles.atom
+    return {
+        "k_first": atom.b.lane_expression("k", scale=tiles.fragment_k),
+        "read_token": atom.b.lane_expression("n"),
+        "sum_token": atom.d.lane_expression("n"),
+        "l_first": atom.d.lane_expression("m", scale=tiles.l_run),
+        "sum": atom.d.held_number(m=f"i % {tiles.l_held}", n="column"),
+    }
 
 
 def _sink_context(sink: Sink, lowered: Lowered) -> Mapping[str, str]:
@@ -248,7 +250,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         "verbatim": not segment.rope and out is lowered.model_dtype,
         "store": "quantize" if out.is_fp8 else "store",
         "store_options": options,
-        "inverse_scale": f"reciprocal(args.{sink.quantize.scale})" if sink.quantize.scale else "",
+        "scale": sink.quantize.scale,
         "destination": f"{row} + {column}",
         "rows": rows,
         "head_offset": f" + head * args.{segment.source}_head_stride" if by_head else "",

@@ -61,6 +61,6 @@ MODEL_DTYPES = {"bf16": DType.BF16, "fp16": DType.FP16}
 
 def model_dtype(name: str) -> DType:
     """The model dtype called `name`.  Raises SpecError for any other name."""
-    if name not in MODEL_DTYPES:
+    if not isinstance(name, str) or name not in MODEL_DTYPES:
         raise SpecError(f"dtype={name!r}: a model's dtype is one of {', '.join(MODEL_DTYPES)}")
     return MODEL_DTYPES[name]

@@ -49,5 +49,9 @@ class BuildError(MlagenError):
     """A compile or a write that failed; nothing half-written is left behind."""
 
 
+class MissingKernelError(MlagenError):
+    """A kernel that is in no bundle and no cache while MLAGEN_JIT=0 forbids the compiler; the message says how to build it."""
+
+
 class VerificationError(MlagenError):
     """A kernel whose result differs from the oracle by more than its arithmetic allows."""

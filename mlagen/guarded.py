@@ -31,5 +31,5 @@ class Guarded:
         """How many bytes changed outside the elements where `written` [shape] is True."""
         allowed = torch.zeros_like(self._bytes)
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[self.tensor.dtype.itemsize]
-        self._view(allowed, integer)[written] = -1 if integer is not torch.uint8 else 255
+        self._view(allowed, integer)[written.to(allowed.device)] = -1 if integer is not torch.uint8 else 255
         return int(((self._bytes != self._before) & (allowed == 0)).sum())

@@ -78,7 +78,7 @@ def lower(program: Program) -> Lowered:
         segments += _row_segments(program, types, _sink(program, types, result))
     used = {stage.output for stage in program.stages}
     kept = {name for segment in segments for name in _names(program, segment)}
-    for name in used - kept:
+    for name in sorted(used - kept):
         raise ProgramError(f"program {program.name!r}: {name!r} is computed but no result is made of it")
     dtypes = {types[segment.source].dtype for segment in segments}
     styles = {segment.rope.style for segment in segments if segment.rope}

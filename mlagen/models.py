@@ -43,8 +43,9 @@ class _Range(NamedTuple):
 
 
 _HEADS = _Range(1, 4096)
-_MATRIX = _Range(16, 4096, 16, " (the matrix cores take W_UK 16 elements at a time)")
-_ROPE = _Range(0, 1024, 2, " (RoPE rotates pairs)")
+_NOPE = _Range(16, 512, 16, " (the matrix cores take W_UK 16 elements at a time)")
+_LORA = _Range(16, 2048, 16, " (the matrix cores take W_UK 16 elements at a time)")
+_ROPE = _Range(0, 512, 2, " (RoPE rotates pairs)")
 _VALUE = _Range(1, 4096)
 _Q_RANK = _Range(1, 65536)
 _NAME = "[A-Za-z0-9][A-Za-z0-9._+-]{0,63}"
@@ -62,7 +63,8 @@ def _show(value: object) -> str:
         text = brief.repr(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
         text = "an integer of thousands of digits"
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ModelShape:
         if not _is_text(self.name, _NAME):
             allowed = "1 to 64 letters, digits and . _ + -, the first a letter or a digit"
             raise ModelError(f"a model's name is {_show(self.name)}, but must be {allowed}")
-        ranges = {"heads": _HEADS, "lora_rank": _MATRIX, "nope_dim": _MATRIX, "rope_dim": _ROPE, "v_head_dim": _VALUE}
+        ranges = {"heads": _HEADS, "lora_rank": _LORA, "nope_dim": _NOPE, "rope_dim": _ROPE, "v_head_dim": _VALUE}
         for field, allowed_range in ranges.items():
             self._check(field, allowed_range.holds(getattr(self, field)), str(allowed_range))
         self._check("q_lora_rank", self.q_lora_rank is None or _Q_RANK.holds(self.q_lora_rank), f"{_Q_RANK}, or None")
@@ -146,13 +148,21 @@ def resolve_model(model: str | os.PathLike[str]) -> ModelShape:
     text = _path_text(model, "the name of a preset or the path of a config.json")
     if isinstance(model, str) and (preset := PRESETS.get(text.strip().lower())) is not None:
         return preset
-    if os.path.exists(text):
-        return read_config(text)
+    try:
+        os.stat(text)
+    except PermissionError as error:
+        raise ModelError(f"model {_show(text)}: {error.strerror}; make it readable, or copy its config.json") from None
+    except (OSError, ValueError):  # no such path, or no path at all
+        raise _unknown_model(text) from None
+    return read_config(text)
+
+
+def _unknown_model(text: str) -> ModelError:
     # A repository name such as deepseek-ai/DeepSeek-V3 comes close by its last part.
     wanted = re.split(r"[/\\]", text.strip().lower())[-1][:64]
     close = difflib.get_close_matches(wanted, PRESETS)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise ModelError(
+    return ModelError(
         f"model {_show(text)} is neither a preset nor a path that exists; {hint}presets: {', '.join(PRESETS)}; "
         "for any other MLA model give the path of its config.json, or of the directory that holds it"
     )
@@ -229,8 +239,8 @@ class _Config:
         return ModelShape(
             name=name or "mla",
             heads=heads,
-            lora_rank=self.integer("kv_lora_rank", _MATRIX),
-            nope_dim=self.integer("qk_nope_head_dim", _MATRIX),
+            lora_rank=self.integer("kv_lora_rank", _LORA),
+            nope_dim=self.integer("qk_nope_head_dim", _NOPE),
             rope_dim=rope_dim,
             rope_style=self.rope_style(rope_dim, "gptj" if native else None),
             v_head_dim=self.v_head_dim(heads),

@@ -1,7 +1,7 @@
 """The order in which W_UK lies in memory: exactly the order in which lanes consume it.
 
-A packed head is a row of tiles; a tile is a row of fragments; a fragment is 64 lanes of 16 consecutive bytes.  A wave reads a
-fragment with one coalesced 128-bit load per lane, straight into the registers of the matrix instruction.
+A packed head is a row of tiles; a tile is a row of fragments; a fragment is 16 consecutive bytes for each lane of a wave.  A wave
+reads a fragment with one coalesced 128-bit load per lane, straight into the registers of the matrix instruction.
 """
 
 import numpy as np
@@ -14,9 +14,9 @@ PADDING = -1
 """Marks a packed element beyond P: zero, whatever the weights are."""
 
 
-def packed_shape(tiles: AbsorbTiles) -> tuple[int, int, int, int, int]:
-    """(latent tiles, chunks, m tiles, lanes, elements of a fragment) of one packed head."""
-    return (tiles.l_tiles, tiles.chunks, tiles.m_tiles, tiles.atom.lanes, tiles.fragment_k)
+def packed_shape(tiles: AbsorbTiles) -> tuple[int, int, int, int, int, int]:
+    """(latent tiles, chunks, m tiles, fragments, lanes, elements of a fragment) of one packed head."""
+    return (tiles.l_tiles, tiles.chunks, tiles.m_tiles, tiles.weight_fragments, tiles.atom.lanes, tiles.fragment_k)
 
 
 def packed_elements(tiles: AbsorbTiles) -> int:
@@ -34,14 +34,15 @@ def packing_index(tiles: AbsorbTiles) -> npt.NDArray[np.int64]:
     latent_first = np.arange(tiles.l_tiles) * tiles.l_tile
     for m_tile in range(tiles.m_tiles):
         for lane in range(atom.lanes):
-            for element in range(tiles.fragment_k):
+            for element in range(tiles.weight_fragments * tiles.fragment_k):
                 instruction, register = divmod(element, atom.a.registers)
+                fragment, place = divmod(element, tiles.fragment_k)
                 column = tiles.latent_column(m_tile, atom.a.coordinate("m", lane, register))
                 k = fragment_k_position(tiles, atom.a.coordinate("k", lane, register), instruction)
                 for chunk in range(tiles.chunks):
                     p = chunk * tiles.chunk + k
                     if p < tiles.nope_dim:
-                        index[:, chunk, m_tile, lane, element] = p * tiles.lora_rank + latent_first + column
+                        index[:, chunk, m_tile, fragment, lane, place] = p * tiles.lora_rank + latent_first + column
     flat = index.reshape(-1)
     taken = np.sort(flat[flat != PADDING])
     if not np.array_equal(taken, np.arange(tiles.nope_dim * tiles.lora_rank)):
@@ -54,5 +55,5 @@ def fragment_k_position(tiles: AbsorbTiles, atom_k: int, instruction: int) -> in
 
     The product may sum k in any order, so each lane takes fragment_k consecutive k of q: one 16-byte load.
     """
-    group, held = divmod(atom_k, tiles.atom.b.registers)
+    group, held = tiles.atom.b.holder("k", atom_k)
     return group * tiles.fragment_k + instruction * tiles.atom.b.registers + held

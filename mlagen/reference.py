@@ -7,7 +7,7 @@ anything outside them is a defect of the kernel.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -36,7 +36,8 @@ class Bounded:
 
     @classmethod
     def around(cls, exact: torch.Tensor, error: torch.Tensor) -> "Bounded":
-        """`exact` give or take `error`, both fp64."""
+        """`exact` give or take `error`, both fp64; an infinite or undefined value has no error."""
+        error = torch.where(exact.isfinite(), error, 0.0)
         return cls(exact - error, exact, exact + error)
 
     def map(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> "Bounded":
@@ -99,12 +100,13 @@ def _quantize(stage: Quantize, values: Mapping[str, Bounded]) -> Bounded:
     scale = values.get(stage.scale) if stage.scale else None
     inverse = 1.0 if scale is None else float(1.0 / scale.exact.float().reshape(()))
     scaled = x.map(lambda end: end * inverse)
-    # The kernel's fp32 product is rounded once more; a certain value has a certain product.
-    certain = x.low is x.exact
-    if certain:
-        scaled = scaled.map(lambda end: end.float().double())
-    else:
-        scaled = replace(scaled, low=_widen(scaled.low, -1), high=_widen(scaled.high, 1))
+    # The kernel rounds the product to fp32: a certain value has a certain product, the ends of a range move apart.
+    certain = (x.low == x.high) | x.exact.isnan()
+    product = scaled.exact.float().double()
+    margin = 2 * UNIT_ROUNDOFF * scaled.exact.abs() + SMALLEST_NORMAL
+    scaled = Bounded(
+        torch.where(certain, product, scaled.low - margin), product, torch.where(certain, product, scaled.high + margin)
+    )
     return scaled.map(lambda end: saturating_fp8(end, stage.dtype, stage.limit))
 
 
@@ -132,7 +134,3 @@ def _round(x: Bounded, dtype: DType) -> Bounded:
     if dtype is DType.FP32:
         return x
     return x.map(lambda end: end.float().to(torch_dtype(dtype)).double())
-
-
-def _widen(x: torch.Tensor, direction: int) -> torch.Tensor:
-    return x + direction * (2 * UNIT_ROUNDOFF * x.abs() + SMALLEST_NORMAL)

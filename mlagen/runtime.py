@@ -1,36 +1,77 @@
 """The runtime: from a spec and a device to a callable kernel."""
 
 import functools
+import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from mlagen import toolchain
-from mlagen.arguments import Bound, Checker, bind
+from mlagen.abi import block_format
+from mlagen.arguments import WIDE_BYTES, Checker, bind
+from mlagen.binaries import BundlePath, device_binary, host_library
 from mlagen.codegen import GeneratedKernel, generate
-from mlagen.drivers.host import HostModule
 from mlagen.errors import ArgumentError, TargetError
 from mlagen.packing import PADDING, packed_shape, packing_index
 from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS, Target, find_target
 
 MAX_WORK_ITEMS = 2**31 - 1
-"""Lanes of one segment that a launch may need: lanes are numbered in 32 bits."""
+"""Lanes that a launch may have: they are numbered in 32 bits."""
+
+MAX_PLANS = 4096
+"""Argument signatures that one kernel remembers; with more, it starts over."""
+
+
+class Module(Protocol):
+    """What a driver gives: one loaded kernel."""
+
+    def launch(self, grid: int, block: int, arguments: bytes) -> None:
+        """Run `grid` workgroups of `block` lanes on the caller's current stream, with a packed argument block."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch with everything decided but the addresses: `holes` are (place among the values, tensor of the call, byte offset).
+
+    Zero `tokens` launch nothing.  `wide` are the places of addresses that a kernel for aligned rows wants to be aligned, and
+    `aligned` says that the strides are.
+    """
+
+    tokens: int
+    grid: int
+    values: list[int]
+    holes: tuple[tuple[int, int, int], ...]
+    wide: tuple[int, ...]
+    aligned: bool
 
 
 class Kernel:
     """A compiled prologue, ready to run.  Made by load(); safe to call from several threads."""
 
-    def __init__(self, spec: PrologueSpec, target: Target, generated: GeneratedKernel, module: HostModule) -> None:
-        self.spec, self.target, self.generated = spec, target, generated
-        self.device = torch.device("cpu")
+    def __init__(
+        self,
+        spec: PrologueSpec,
+        target: Target,
+        device: torch.device,
+        generated: GeneratedKernel,
+        module: Module,
+        load_unaligned: Callable[[], Module] | None = None,
+    ) -> None:
+        """`load_unaligned` gives the kernel for rows that are not aligned, where `module` needs them to be."""
+        self.spec, self.target, self.device, self.generated = spec, target, device, generated
         self._module = module
-        self._checker = Checker(spec, target, self.device)
-        self._kinds = tuple(argument.kind for argument in generated.arguments)
-        self._names = tuple(argument.name for argument in generated.arguments)
+        self._load_unaligned = functools.cache(load_unaligned) if load_unaligned else None
+        self._checker = Checker(spec, target, device)
+        self.unit_scale = torch.ones((), device=device)  # of a call without a scale
+        self._pack = struct.Struct(block_format(generated.arguments)).pack
         tiles = generated.schedule.absorb
         self._packed_shape: Sequence[int] = packed_shape(tiles) if tiles else ()
+        self._threads = generated.schedule.threads
+        self._out_dtype = self._checker.fp8 if spec.q_dtype == "fp8" else self._checker.model
+        self._plans: dict[Any, Plan] = {}
 
     def pack_weights(self, w_uk: torch.Tensor) -> torch.Tensor:
         """W_UK [H,P,L] of any strides in the order in which this kernel's lanes read it, to be done once at load.
@@ -38,26 +79,15 @@ class Kernel:
         Returns a contiguous tensor of the same type with H as its first dimension.  Raises ArgumentError for a wrong shape, dtype
         or device, and for a kernel without absorb.
         """
-        spec, tiles = self.spec, self.generated.schedule.absorb
+        tiles = self.generated.schedule.absorb
         if tiles is None:
             raise ArgumentError("w_uk: this kernel does no absorb (weight='none'), there is nothing to pack")
-        if not isinstance(w_uk, torch.Tensor):
-            raise ArgumentError(
-                f"w_uk: expected a tensor [{spec.heads}, {spec.nope_dim}, {spec.lora_rank}], got {type(w_uk).__name__}"
-            )
-        shape = (spec.heads, spec.nope_dim, spec.lora_rank)
-        if tuple(w_uk.shape) != shape:
-            raise ArgumentError(
-                f"w_uk: shape {list(w_uk.shape)}, expected {list(shape)} as [H, P, L]; transpose it with .mT if need be"
-            )
-        if w_uk.dtype != self._checker.model:
-            raise ArgumentError(f"w_uk: dtype {w_uk.dtype}, expected {self._checker.model}")
-        if w_uk.device != self.device:
-            raise ArgumentError(f"w_uk: on device {w_uk.device}, this kernel runs on {self.device}")
+        weights = self._checker.weights(w_uk)
         index = torch.from_numpy(packing_index(tiles)).to(self.device)
-        packed = w_uk.reshape(spec.heads, -1)[:, index.clamp(min=0)]
-        packed[:, index == PADDING] = 0
-        return packed.reshape(spec.heads, *self._packed_shape)
+        packed = weights.reshape(self.spec.heads, -1)[:, index.clamp(min=0)]
+        if tiles.padded:
+            packed[:, index == PADDING] = 0
+        return packed.reshape(self.spec.heads, *self._packed_shape)
 
     def __call__(
         self,
@@ -84,16 +114,56 @@ class Kernel:
         value = code * scale; None is 1; not read where the output is not fp8.  positions and cos_sin_cache are not read, and may
         be None, where rope_style is "none"; k_pe may be None where rope_dim is 0.
 
+        On a GPU the launch goes to the caller's current stream and returns at once; nothing is allocated when `out` is given.
         Raises ArgumentError, naming the argument, what it was and what it may be, before anything is launched.
         """
-        bound = bind(
-            self._checker, self._packed_shape, q, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos_sin_cache,
-            q_scale, k_scale, out,
-        )  # fmt: skip
-        if bound.tokens:
-            self._check_slots(slot_mapping[: bound.tokens], kv_cache)
-            self._launch(bound)
-        return bound.out
+        q_pair, cos_sin_pair = isinstance(q, tuple | list), isinstance(cos_sin_cache, tuple | list)
+        q0, q1 = self._checker.pair("q", "(q_nope, q_pe)", q) if q_pair else (q, None)
+        cos, sin = self._checker.pair("cos_sin_cache", "(cos, sin)", cos_sin_cache) if cos_sin_pair else (cos_sin_cache, None)
+        if out is None and isinstance(q0, torch.Tensor) and q0.dim():
+            out = torch.empty((q0.shape[0], self.spec.heads, self.spec.entry_dim), dtype=self._out_dtype, device=self.device)
+        q_scale = self.unit_scale if q_scale is None else q_scale
+        k_scale = self.unit_scale if k_scale is None else k_scale
+        tensors: tuple[Any, ...] = (q0, q1, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos, sin, q_scale, k_scale, out)
+        try:
+            # What the checks look at: a call whose tensors look like an earlier one's needs no second look.
+            looks = [None if each is None else (each.shape, each.stride(), each.dtype, each.device) for each in tensors]
+            plan = self._plans[tuple(looks), q_pair, cos_sin_pair]
+        except (KeyError, AttributeError):
+            plan = self._remember(tensors, q_pair, cos_sin_pair)
+        if plan.tokens:
+            if self.device.type == "cpu":
+                self._check_slots(slot_mapping[: plan.tokens], kv_cache)
+            values = plan.values.copy()
+            for place, number, offset in plan.holes:
+                values[place] = tensors[number].data_ptr() + offset
+            module = self._module
+            if self._load_unaligned and not (plan.aligned and all(values[place] % WIDE_BYTES == 0 for place in plan.wide)):
+                module = self._load_unaligned()
+            module.launch(plan.grid, self._threads, self._pack(*values))
+        assert out is not None, "a call without tensors does not get this far"
+        return out
+
+    def _remember(self, tensors: Sequence[Any], q_pair: bool, cos_sin_pair: bool) -> Plan:
+        """Check the tensors of a call, and keep its plan for all calls whose tensors look the same.  Raises ArgumentError."""
+        plan = self._plan(tensors, q_pair, cos_sin_pair)
+        looks = [None if each is None else (each.shape, each.stride(), each.dtype, each.device) for each in tensors]
+        if len(self._plans) >= MAX_PLANS:
+            self._plans = {}
+        self._plans[tuple(looks), q_pair, cos_sin_pair] = plan
+        return plan
+
+    def _plan(self, tensors: Sequence[Any], q_pair: bool, cos_sin_pair: bool) -> Plan:
+        """The launch for tensors like these.  Raises ArgumentError."""
+        bound = bind(self._checker, self._packed_shape, tensors, q_pair=q_pair, cos_sin_pair=cos_sin_pair)
+        launch = self.generated.schedule.launch(self.generated.lowered.segments, bound.tokens, self.spec.heads)
+        if launch.grid * self._threads > MAX_WORK_ITEMS:
+            raise ArgumentError(f"q: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
+        numbers = {**bound.values, "token_tiles_per_workgroup": launch.token_tiles_per_workgroup}
+        names = [argument.name for argument in self.generated.arguments]
+        holes = tuple((place, *bound.pointers[name]) for place, name in enumerate(names) if name in bound.pointers)
+        wide = tuple(place for place, name in enumerate(names) if name in bound.wide)
+        return Plan(bound.tokens, launch.grid, [numbers.get(name, 0) for name in names], holes, wide, bound.aligned)
 
     def _check_slots(self, slots: torch.Tensor, kv_cache: torch.Tensor) -> None:
         """On the CPU a slot outside the cache is found before it is written; a GPU launch cannot look without waiting."""
@@ -101,39 +171,84 @@ class Kernel:
         if largest >= capacity:
             raise ArgumentError(f"slot_mapping: slot {largest}, but kv_cache {list(kv_cache.shape)} has slots 0 to {capacity - 1}")
 
-    def _launch(self, bound: Bound) -> None:
-        schedule = self.generated.schedule
-        launch = schedule.launch(self.generated.lowered.segments, bound.tokens, self.spec.heads)
-        if launch.grid * schedule.threads > MAX_WORK_ITEMS:
-            raise ArgumentError(f"q: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
-        values = {**bound.values, "token_tiles_per_workgroup": launch.token_tiles_per_workgroup}
-        self._module.launch(launch.grid, self._kinds, [values[name] for name in self._names])
 
-
+_KERNELS: dict[tuple[PrologueSpec, str, torch.device], Kernel] = {}
 _LOADING = threading.Lock()
 
 
-def load(spec: PrologueSpec, device: str | torch.device = "cpu", *, arch: str | None = None) -> Kernel:
-    """The kernel of `spec` for `device`, compiled on the first call of the process.
+def load(spec: PrologueSpec, device: str | torch.device, *, arch: str | None = None, bundle: BundlePath | None = None) -> Kernel:
+    """The kernel of `spec` for `device`: from this process, a bundle, the disk cache or the compiler, in this order.
 
-    device "cpu" runs the program of `arch` (one of mlagen.TARGETS) on the CPU, faithfully, lane by lane: the way to test what will
-    run on that GPU.  Raises TargetError for an unknown arch or device, SpecError, ToolchainError, BuildError.
+    device "cuda" is torch's name for a GPU, an AMD one on torch's ROCm build; its architecture is asked for, and `arch`, where
+    given, must be it.  device "cpu" runs the program of `arch` on the CPU, faithfully, lane by lane: the way to test what will run
+    on that GPU.  `bundle` is a folder that `mlagen build` wrote, or several; MLAGEN_BUNDLE_PATH names more.  MLAGEN_JIT=0 forbids
+    the compiler.
+
+    Raises TargetError for an unknown arch or device, SpecError, ToolchainError, BuildError, MissingKernelError where MLAGEN_JIT=0
+    and nothing is built.
     """
-    if torch.device(device).type != "cpu":
-        raise TargetError(
-            f"device={str(device)!r}: only 'cpu' runs yet; the code objects that `mlagen build` writes run on the GPU"
-        )
-    if arch is None:
-        raise TargetError(f"arch: the host run needs to know whose program to run: one of {', '.join(TARGETS)}")
     if not isinstance(spec, PrologueSpec):
-        raise TargetError(f"spec: expected a PrologueSpec, got {type(spec).__name__}")
-    target = find_target(arch)
+        raise ArgumentError(f"spec: expected a PrologueSpec, got {type(spec).__name__}")
+    where, target = _resolve(device, arch)
+    key = (spec, target.arch, where)
+    found = _KERNELS.get(key)
+    if found is not None:
+        return found
     generated = generate(spec, target)
     with _LOADING:
-        module = _host_module(generated.name, generated.host_source)
-    return Kernel(spec, target, generated, module)
+        if key not in _KERNELS:
+            load_unaligned = None
+            if where.type != "cpu" and not target.unaligned_access:
+                load_unaligned = functools.partial(_load_variant, spec, target, where, bundle, False)
+            module = _load_variant(spec, target, where, bundle, True)
+            _KERNELS[key] = Kernel(spec, target, where, generated, module, load_unaligned)
+        return _KERNELS[key]
 
 
-@functools.cache
-def _host_module(name: str, source: str) -> HostModule:
-    return HostModule(toolchain.compile_host(source, name=name))
+def _resolve(device: str | torch.device, arch: str | None) -> tuple[torch.device, Target]:
+    """The device with its index, and the target that runs there."""
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise TargetError(f"device={device!r}: expected 'cpu', 'cuda' or 'cuda:N'") from None
+    if where.type == "cpu":
+        if arch is None:
+            raise TargetError(f"arch: the host run needs to know whose program to run: one of {', '.join(TARGETS)}")
+        return where, find_target(arch)
+    if where.type != "cuda":
+        raise TargetError(f"device={str(device)!r}: expected 'cpu', 'cuda' or 'cuda:N'")
+    if not torch.cuda.is_available():
+        raise TargetError(f"device={str(device)!r}: torch {torch.__version__} sees no GPU; `mlagen doctor` says what is missing")
+    index = torch.cuda.current_device() if where.index is None else where.index
+    if index >= torch.cuda.device_count():
+        raise TargetError(f"device={str(device)!r}: torch sees {torch.cuda.device_count()} GPUs, numbered from 0")
+    actual = device_arch(index)
+    target = find_target(actual)
+    if arch is not None and find_target(arch) is not target:
+        raise TargetError(f"arch={arch!r}: cuda:{index} is a {actual}; leave arch out, or name another device")
+    return torch.device("cuda", index), target
+
+
+def device_arch(index: int) -> str:
+    """Architecture of GPU number `index`, as the compiler names it."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _load_variant(spec: PrologueSpec, target: Target, device: torch.device, bundle: BundlePath | None, aligned: bool) -> Module:
+    """The kernel for aligned rows, or for any, found or compiled, in the device's driver."""
+    generated = generate(spec, target, aligned=aligned)
+    if device.type == "cpu":
+        from mlagen.drivers.host import HostModule
+
+        return HostModule(host_library(spec, generated), [argument.kind for argument in generated.arguments])
+    binary = device_binary(spec, generated, target, bundle)
+    if target.platform == "nvidia":
+        from mlagen.drivers.cuda import CudaModule
+
+        return CudaModule(binary, generated.name, device.index)
+    from mlagen.drivers.hip import HipModule
+
+    return HipModule(binary, generated.name, device.index)

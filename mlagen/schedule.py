@@ -56,9 +56,10 @@ class AbsorbTiles:
     A chunk is the k range that a wave's 16-byte fragments cover: each lane holds `fragment_k` consecutive k of it, spread over
     `atoms_per_chunk` instructions.  Row m of instruction number i of a tile stands for latent column
 
-        l_tile_first + group(m) * l_run + i * held + m % held,    held = atom rows in one lane, group(m) = m / held
+        l_tile_first + group(m) * l_run + i * l_held + place(m)
 
-    so that a lane's sums over the `m_tiles` instructions are l_run consecutive latent columns of one token.
+    where group(m) is the group of lanes that holds row m and place(m) its number among the l_held rows that such a lane holds: a
+    lane's sums over the `m_tiles` instructions are l_run consecutive latent columns of each of its tokens.
     """
 
     atom: MmaAtom
@@ -69,10 +70,11 @@ class AbsorbTiles:
     def __post_init__(self) -> None:
         if self.lora_rank % self.l_tile:
             raise ScheduleError(f"l_tile={self.l_tile} does not divide lora_rank={self.lora_rank}: columns would be left over")
-        if self.atom.d.run("n") != 1:
-            raise ScheduleError(f"{self.atom.builtin}: a lane's sums belong to {self.atom.d.run('n')} tokens, expected one")
         if self.fragment_k % self.atom.b.registers:
             raise ScheduleError(f"{self.atom.builtin}: {self.atom.b.registers} k for each lane do not divide a fragment")
+        for fragment, axis in ((self.atom.b, "k"), (self.atom.d, "m")):
+            if sum(digit.axis == axis for digit in fragment.lane) != 1:
+                raise ScheduleError(f"{self.atom.builtin}: the generated lane arithmetic takes one lane digit along {axis}")
         columns = {self.latent_column(i, m) for i in range(self.m_tiles) for m in range(self.atom.m)}
         if columns != set(range(self.l_tile)):
             raise ScheduleError(f"{self}: the atoms' rows do not cover the latent tile exactly once")
@@ -124,19 +126,29 @@ class AbsorbTiles:
         return self.atom.n
 
     @property
-    def fragments(self) -> int:
-        """Weight fragments that one lane holds."""
-        return self.chunks * self.m_tiles
+    def tokens_per_lane(self) -> int:
+        """Tokens whose sums one lane holds."""
+        return self.atom.d.run("n")
+
+    @property
+    def weight_fragments(self) -> int:
+        """Fragments of one lane that hold the weights of one chunk and m tile."""
+        return self.atoms_per_chunk * self.atom.a.registers // self.fragment_k
+
+    @property
+    def weight_registers(self) -> int:
+        """Registers that one lane's weight tile takes."""
+        return self.chunks * self.m_tiles * self.weight_fragments * FRAGMENT_BYTES // 4
 
     @property
     def registers(self) -> int:
         """Registers of one lane that must be live at once: the weights, one token tile of q, and the sums."""
-        return (self.fragments + self.chunks) * FRAGMENT_BYTES // 4 + self.l_run
+        return self.weight_registers + self.chunks * FRAGMENT_BYTES // 4 + self.m_tiles * self.atom.d.registers
 
     def latent_column(self, m_tile: int, m: int) -> int:
         """Latent column, from the tile's first, of row `m` of instruction `m_tile`."""
-        group, row = divmod(m, self.l_held)
-        return group * self.l_run + m_tile * self.l_held + row
+        group, place = self.atom.d.holder("m", m)
+        return group * self.l_run + m_tile * self.l_held + place
 
 
 @dataclass(frozen=True)
@@ -224,8 +236,9 @@ def choose_schedule(lowered: Lowered, target: Target, *, waves_per_workgroup: in
     absorb = None
     if lowered.absorb:
         absorb = _choose_tiles(lowered.absorb, target.atom(lowered.model_dtype), m_tiles)
-        if absorb.registers > target.registers_per_lane:
-            raise ScheduleError(f"{absorb.registers} live registers for each lane, {target.arch} has {target.registers_per_lane}")
+        if absorb.registers > target.registers_per_wave_lane:
+            limit = target.registers_per_wave_lane
+            raise ScheduleError(f"{absorb.registers} live registers for each lane, a wave of {target.arch} has {limit}")
     return Schedule(
         wave=target.wave,
         waves_per_workgroup=waves_per_workgroup,
@@ -244,7 +257,7 @@ def _choose_tiles(segment: Segment, atom: MmaAtom, m_tiles: int | None) -> Absor
         if segment.width % (candidate * atom.m):
             continue
         tiles = AbsorbTiles(atom, segment.source_width, segment.width, candidate)
-        if candidate == 1 or tiles.fragments * FRAGMENT_BYTES // 4 <= WEIGHT_REGISTERS:
+        if candidate == 1 or tiles.weight_registers <= WEIGHT_REGISTERS:
             return tiles
     raise ScheduleError(f"lora_rank={segment.width} is not a multiple of the atom's {atom.m} rows")
 

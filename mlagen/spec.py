@@ -1,5 +1,6 @@
 """PrologueSpec: what is wanted of a kernel, apart from how it is done."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -57,11 +58,19 @@ class PrologueSpec:
         if self.rope_dim == 0 and self.rope_style != "none":
             raise SpecError(f"rope_style={self.rope_style!r} with rope_dim=0: there is nothing to rotate, use rope_style='none'")
         if self.fp8_max is not None:
-            if isinstance(self.fp8_max, bool) or not isinstance(self.fp8_max, int | float) or not 0 < self.fp8_max <= 448:
-                raise SpecError(f"fp8_max={self.fp8_max!r}: a positive number up to 448 (OCP) or 240 (FNUZ), or None")
             if "fp8" not in (self.q_dtype, self.kv_dtype):
                 raise SpecError(f"fp8_max={self.fp8_max!r} without an fp8 output: leave it out, or ask for an fp8 query or cache")
-            object.__setattr__(self, "fp8_max", float(self.fp8_max))
+            object.__setattr__(self, "fp8_max", self._limit())
+
+    def _limit(self) -> float:
+        """fp8_max, checked: a limit that fp8 does not hold would itself be rounded, perhaps upwards."""
+        value = self.fp8_max
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= DType.E4M3FN.largest:
+            # Four significant bits, and no finer than the smallest subnormal of either flavour.
+            if math.ldexp(math.frexp(value)[0], 4).is_integer() and math.ldexp(value, 10).is_integer():
+                return float(value)
+            raise SpecError(f"fp8_max={value!r}: must be a value that fp8 holds exactly, such as 224 or 240")
+        raise SpecError(f"fp8_max={value!r}: must be a positive number, up to 448 (OCP) or 240 (FNUZ), or None")
 
     def _check_width(self, field: str, low: int, high: int, step: int) -> None:
         value = getattr(self, field)
@@ -73,7 +82,7 @@ class PrologueSpec:
         value = getattr(self, field)
         if value not in choices:
             hint = ""
-            if value in MODEL_DTYPES or value == "fp8":
+            if isinstance(value, str) and (value in MODEL_DTYPES or value == "fp8"):
                 hint = f" for a {self.dtype} model"
             raise SpecError(f"{field}={value!r}: must be one of {', '.join(choices)}{hint}")
 

@@ -69,6 +69,23 @@ class FragmentMap:
         """C++ expression of the register digits' position along `axis`."""
         return _expression(self.register, axis, register, None)
 
+    def holder(self, axis: str, position: int) -> tuple[int, int]:
+        """(number of the lane group, number among the group's registers) that together hold `position` along `axis`."""
+        for group in range(self.groups(axis)):
+            for held in range(self.run(axis)):
+                if _along(self.lane, axis, group) + _along(self.register, axis, held) == position:
+                    return group, held
+        raise TargetError(f"fragment map {self.shape}: nothing holds {axis}={position}")
+
+    def held_number(self, **expressions: str) -> str:
+        """C++ expression of the register number from an expression of the position held along each axis (one digit each)."""
+        terms, below = [], 1
+        for digit in self.register:
+            term = expressions[digit.axis]
+            terms.append(term if below == 1 else f"{term} * {below}")
+            below *= digit.size
+        return " + ".join(terms)
+
     def run(self, axis: str) -> int:
         """How many elements a lane holds along `axis`."""
         return _product(tuple(digit for digit in self.register if digit.axis == axis))
@@ -94,6 +111,11 @@ def _position(digits: tuple[Digit, ...], axis: str, number: int) -> int:
     return position
 
 
+def _along(digits: tuple[Digit, ...], axis: str, number: int) -> int:
+    """Position along `axis` of value `number` of the digits that move along it."""
+    return _position(tuple(digit for digit in digits if digit.axis == axis), axis, number)
+
+
 def _expression(digits: tuple[Digit, ...], axis: str, number: str, scale: int | None) -> str:
     """C++ for _position over the digits, without operations that change nothing."""
     terms = []
@@ -113,8 +135,7 @@ def _expression(digits: tuple[Digit, ...], axis: str, number: str, scale: int | 
 class MmaAtom:
     """One matrix instruction: D[m,n] = sum over k of A[m,k] * B[k,n] + C[m,n], fp32 accumulation, C and D mapped alike.
 
-    `builtin` is clang's name for it and `operand` the vector type that it takes for A and B.  A lane's A and B registers must agree
-    on which k they hold, or products would not meet.
+    `builtin` is clang's name for it, or the PTX instruction, and `operand` the type that it takes for A and B.
     """
 
     builtin: str
@@ -153,24 +174,50 @@ def _mfma_16x16(k: int, builtin: str, operand: str) -> MmaAtom:
     )
 
 
+def _mma_m16n8k16(operand: str) -> MmaAtom:
+    """NVIDIA's mma.sync m16n8k16: the 32 lanes are 8 groups of 4; a group holds one row of A and D, or one column of B.
+
+    Source: PTX ISA, section on matrix fragments for mma.m16n8k16 with 16-bit types.
+    """
+    return MmaAtom(
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32",
+        operand,
+        16,
+        8,
+        16,
+        a=FragmentMap(
+            (("m", 16), ("k", 16)),
+            (Digit(4, "k", 2), Digit(8, "m", 1)),
+            (Digit(2, "k", 1), Digit(2, "m", 8), Digit(2, "k", 8)),
+        ),
+        b=FragmentMap((("k", 16), ("n", 8)), (Digit(4, "k", 2), Digit(8, "n", 1)), (Digit(2, "k", 1), Digit(2, "k", 8))),
+        d=FragmentMap((("m", 16), ("n", 8)), (Digit(4, "n", 2), Digit(8, "m", 1)), (Digit(2, "n", 1), Digit(2, "m", 8))),
+    )
+
+
 @dataclass(frozen=True)
 class Target:
     """One GPU architecture.
 
-    `registers_per_lane` counts the unified file (architectural plus accumulation registers) of one SIMD lane; `xcds` are the dies
-    that workgroups are dealt to in turn, each with its own L2; `hbm_bytes_per_second` is the data sheet's peak.
+    `platform` names the device library and the driver: "amd" or "nvidia".  `registers_per_lane` counts one SIMD lane's file (on AMD
+    architectural plus accumulation registers), `registers_per_wave_lane` what one wave may use of it; `xcds` are the dies that
+    workgroups are dealt to in turn, each with its own L2; `hbm_bytes_per_second` is the data sheet's peak; `unaligned_access` says
+    whether a wide access may start at any address.
     """
 
     arch: str
     products: str
+    platform: str
     wave: int
     registers_per_lane: int
+    registers_per_wave_lane: int
     simds_per_cu: int
     max_waves_per_simd: int
     lds_bytes: int
     compute_units: int
     xcds: int
     hbm_bytes_per_second: float
+    unaligned_access: bool
     fp8: DType
     atoms: tuple[tuple[DType, MmaAtom], ...]
 
@@ -197,14 +244,17 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             Target(
                 arch="gfx942",
                 products="MI300X, MI300A, MI325X",
+                platform="amd",
                 wave=64,
                 registers_per_lane=512,
+                registers_per_wave_lane=512,
                 simds_per_cu=4,
                 max_waves_per_simd=8,
                 lds_bytes=64 * 1024,
                 compute_units=304,
                 xcds=8,
                 hbm_bytes_per_second=5.3e12,
+                unaligned_access=True,
                 fp8=DType.E4M3FNUZ,
                 atoms=(
                     (DType.BF16, _mfma_16x16(16, "__builtin_amdgcn_mfma_f32_16x16x16bf16_1k", "int16x4")),
@@ -214,19 +264,39 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             Target(
                 arch="gfx950",
                 products="MI350X, MI355X",
+                platform="amd",
                 wave=64,
                 registers_per_lane=512,
+                registers_per_wave_lane=512,
                 simds_per_cu=4,
                 max_waves_per_simd=8,
                 lds_bytes=160 * 1024,
                 compute_units=256,
                 xcds=8,
                 hbm_bytes_per_second=8.0e12,
+                unaligned_access=True,
                 fp8=DType.E4M3FN,
                 atoms=(
                     (DType.BF16, _mfma_16x16(32, "__builtin_amdgcn_mfma_f32_16x16x32_bf16", "bfloat16x8")),
                     (DType.FP16, _mfma_16x16(32, "__builtin_amdgcn_mfma_f32_16x16x32_f16", "float16x8")),
                 ),
+            ),
+            Target(
+                arch="sm_90",
+                products="H100, H200",
+                platform="nvidia",
+                wave=32,
+                registers_per_lane=512,
+                registers_per_wave_lane=255,
+                simds_per_cu=4,
+                max_waves_per_simd=16,
+                lds_bytes=227 * 1024,
+                compute_units=132,
+                xcds=1,
+                hbm_bytes_per_second=4.8e12,
+                unaligned_access=False,
+                fp8=DType.E4M3FN,
+                atoms=((DType.BF16, _mma_m16n8k16("bf16")), (DType.FP16, _mma_m16n8k16("f16"))),
             ),
         )
     }

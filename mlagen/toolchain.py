@@ -9,6 +9,7 @@ goes when the build succeeds; when the compiler refuses, it stays, with nothing 
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -164,6 +165,25 @@ def compiler_identity(toolchain: str = "auto") -> str:
     return _device_compiler(toolchain).identity
 
 
+def fingerprint(toolchain: str = "auto") -> tuple[str, tuple[str, ...]]:
+    """Identity and flags of the compiler that compile_device would run: what of it moves a binary.
+
+    For ziglang without starting it, since a cached kernel is to load in milliseconds: its version fixes its clang's.  Raises as
+    compiler_identity does.
+    """
+    compiler_kind = _toolchain_kind(toolchain)
+    if compiler_kind == "zig":
+        _ziglang("compile with ROCm: MLAGEN_TOOLCHAIN=rocm")
+        return f"ziglang {importlib.metadata.version('ziglang')}", (*_DEVICE_FLAGS, *_ZIG_DEVICE_FLAGS)
+    return _rocm().identity, _DEVICE_FLAGS
+
+
+def host_fingerprint() -> tuple[str, tuple[str, ...]]:
+    """The same for compile_host.  Raises as host_compiler does."""
+    compiler = _host_compiler()
+    return compiler.identity, (*compiler.program[1:], *_HOST_FLAGS, *_MORE_HOST_FLAGS.get(compiler.kind, ()))
+
+
 def compile_host(source: str, *, name: str, keep_dir: str | os.PathLike[str] | None = None) -> bytes:
     """Compile self-contained C++17 `source` to a shared library for this machine; `name` and `keep_dir` as for compile_device.
 
@@ -199,15 +219,20 @@ def _check_name(name: str) -> None:
 # Finding a compiler.
 
 
-def _device_compiler(toolchain: str) -> _Compiler:
-    """The compiler of `toolchain`; raises RequestError or ToolchainError."""
+def _toolchain_kind(toolchain: str) -> str:
+    """zig or rocm; raises RequestError for a name that is neither nor auto."""
     origin = "toolchain"
     if toolchain == "auto":
         # Not whichever is installed: what else the machine has must not decide which compiler runs.
         origin, toolchain = "MLAGEN_TOOLCHAIN", os.environ.get("MLAGEN_TOOLCHAIN") or "auto"
     if toolchain not in TOOLCHAINS:
         raise RequestError(f"{origin}={toolchain!r} is not a toolchain; possible are {', '.join(TOOLCHAINS)}")
-    if toolchain == "rocm":
+    return "rocm" if toolchain == "rocm" else "zig"
+
+
+def _device_compiler(toolchain: str) -> _Compiler:
+    """The compiler of `toolchain`; raises RequestError or ToolchainError."""
+    if _toolchain_kind(toolchain) == "rocm":
         return _rocm()
     program = _ziglang("compile with ROCm: MLAGEN_TOOLCHAIN=rocm")
     return _Compiler("zig", _zig_identity(program), program, ("python", *program[1:]))
@@ -281,7 +306,8 @@ def _zig_cache_dir() -> Path:
     last_resort = Path(tempfile.gettempdir(), f"mlagen-zig-{os.getuid()}")
     for folder in (*(Path(root, "zig").absolute() for root in roots if root), last_resort):
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may be mlagen's own cache
+            folder.mkdir(mode=0o700, exist_ok=True)
             status = folder.lstat()
             # Anyone can make a folder where the last resort lies: take nothing from it that someone else put there.
             if folder == last_resort and not (stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()):
@@ -336,8 +362,7 @@ def _build(
             # For what a compiler leaves behind when it is killed, and for zig, which insists on folders even to cache nothing.
             scratch = folder / "scratch"
             scratch.mkdir()
-            unwanted = _UNWANTED_VARIABLES if compiler.kind in ("zig", "rocm") else ()
-            environment = {**_environment(*unwanted), "TMPDIR": str(scratch), "ZIG_LOCAL_CACHE_DIR": str(scratch)}
+            environment = {**_environment(*_UNWANTED_VARIABLES), "TMPDIR": str(scratch), "ZIG_LOCAL_CACHE_DIR": str(scratch)}
             environment |= {"ZIG_GLOBAL_CACHE_DIR": str(scratch), **dict(compiler.settings)}
             said = _run(compiler, steps, folder, environment)
             contents = [(folder / output).read_bytes() for output in outputs]

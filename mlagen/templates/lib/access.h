@@ -65,5 +65,8 @@ MLAGEN_DEVICE void round_to(float (&x)[N])
 // Element `i` of an index tensor, whose type is known at run time.
 MLAGEN_DEVICE int64_t load_index(const void* indices, int32_t i, int32_t is_int64)
 {
-    return is_int64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+    // No branch: the load must not wait for others behind one.
+    const int32_t* words = static_cast<const int32_t*>(indices) + (int64_t(i) << is_int64);
+    const int32_t low = words[0], high = words[is_int64];  // the same word twice where there is only one
+    return is_int64 ? int64_t(uint64_t(uint32_t(high)) << 32 | uint32_t(low)) : low;
 }

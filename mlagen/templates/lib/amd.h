@@ -93,6 +93,7 @@ MLAGEN_DEVICE void store_words(void* to, const uint32_t (&words)[N])
 }
 
 MLAGEN_DEVICE Fragment load_fragment(const void* from) { return load_as<Fragment>(from); }
+MLAGEN_DEVICE Fragment load_weights(const void* from) { return *static_cast<const Fragment*>(from); }
 
 // x within [-limit, limit]; NaN stays NaN, which v_med3_f32 alone would turn into a number.
 MLAGEN_DEVICE float saturate(float x, float limit)

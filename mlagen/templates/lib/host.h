@@ -141,5 +141,7 @@ MLAGEN_DEVICE Fragment load_fragment(const void* from)
     return fragment;
 }
 
+MLAGEN_DEVICE Fragment load_weights(const void* from) { return load_fragment(from); }
+
 // x within [-limit, limit]; NaN stays NaN.
 MLAGEN_DEVICE float saturate(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }

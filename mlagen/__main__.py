@@ -1,0 +1,5 @@
+"""`python -m mlagen` is `mlagen`."""
+
+from mlagen.cli import main
+
+main()

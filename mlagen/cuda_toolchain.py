@@ -1,0 +1,154 @@
+"""Compilers for NVIDIA GPUs: NVRTC through cuda-bindings, or nvcc where asked for or where there is no NVRTC.
+
+MLAGEN_CUDA_TOOLCHAIN is auto (the default), nvrtc or nvcc.
+"""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlagen.errors import BuildError, RequestError, TargetError, ToolchainError
+
+TOOLCHAINS = ("auto", "nvrtc", "nvcc")
+
+# As for AMD: nothing contracted, division correctly rounded (the default), so that all platforms round alike.
+_FLAGS = ("-std=c++17", "-fmad=false")
+
+
+@dataclass(frozen=True)
+class CudaBinary:
+    """A kernel compiled for one arch; the fields mean what they mean in toolchain.DeviceBinary."""
+
+    binary: bytes
+    compiler: str
+    command: str
+    warnings: str
+
+
+def compile_device(source: str, arch: str, *, name: str) -> CudaBinary:
+    """Compile self-contained source for `arch`, such as sm_90, to a cubin.
+
+    Raises TargetError for an arch that is not an NVIDIA GPU, ToolchainError if there is no compiler, BuildError with the compiler's
+    words if it fails.
+    """
+    if not re.fullmatch(r"sm_[0-9]{2,3}a?", arch):
+        raise TargetError(f"arch={arch!r} is not an NVIDIA GPU architecture; sm_90, for example")
+    if _chosen() == "nvrtc":
+        return _nvrtc(source, arch, name)
+    return _nvcc(source, arch, name)
+
+
+def fingerprint() -> tuple[str, tuple[str, ...]]:
+    """Identity and flags of the compiler: what of it moves a binary.  Raises ToolchainError if there is none."""
+    return (nvrtc_identity() if _chosen() == "nvrtc" else nvcc_identity()), _FLAGS
+
+
+def _chosen() -> str:
+    """nvrtc or nvcc; raises RequestError or ToolchainError."""
+    wanted = os.environ.get("MLAGEN_CUDA_TOOLCHAIN") or "auto"
+    if wanted not in TOOLCHAINS:
+        raise RequestError(f"MLAGEN_CUDA_TOOLCHAIN={wanted!r} is not a toolchain; possible are {', '.join(TOOLCHAINS)}")
+    if wanted != "auto":
+        return wanted
+    if _load_nvrtc() is not None:
+        return "nvrtc"
+    if shutil.which("nvcc"):
+        return "nvcc"
+    raise ToolchainError("no compiler for NVIDIA GPUs: `pip install 'mlagen[cuda]'` brings NVRTC, the CUDA toolkit nvcc")
+
+
+@functools.cache
+def _load_nvrtc() -> Any:
+    """cuda-bindings' nvrtc module, or None where it or the library behind it is missing."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError:
+        return None
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError:  # no libnvrtc
+        return None
+    return nvrtc
+
+
+def nvrtc_identity() -> str:
+    """NVRTC's name and version.  Raises ToolchainError if it is missing."""
+    nvrtc = _load_nvrtc()
+    if nvrtc is None:
+        raise ToolchainError("NVRTC is not installed: `pip install 'mlagen[cuda]'`")
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"NVRTC {major}.{minor}"
+
+
+def _nvrtc(source: str, arch: str, name: str) -> CudaBinary:
+    identity = nvrtc_identity()
+    nvrtc = _load_nvrtc()
+    options = [f"--gpu-architecture={arch}", *_FLAGS]
+
+    def call(function: str, *arguments: Any) -> Any:
+        status, *values = getattr(nvrtc, function)(*arguments)
+        if int(status):
+            raise BuildError(f"{name}: {identity}: {function} failed: {nvrtc.nvrtcGetErrorString(status)[1].decode()}")
+        return values[0] if values else None
+
+    program = call("nvrtcCreateProgram", source.encode(), f"{name}.hip".encode(), 0, [], [])
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        log = b" " * call("nvrtcGetProgramLogSize", program)
+        call("nvrtcGetProgramLog", program, log)
+        said = log.rstrip(b"\0 ").decode("utf-8", "replace")
+        command = f"nvcc -x cu -cubin -arch={arch} {' '.join(_FLAGS)} {name}.hip -o {name}.cubin"
+        if int(status):
+            kept = _keep(source, name)
+            raise BuildError(f"{name}: {identity} failed\nsource: {kept}\ncommand: cd {kept.parent} && {command}\n{said}")
+        binary = b" " * call("nvrtcGetCUBINSize", program)
+        call("nvrtcGetCUBIN", program, binary)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return CudaBinary(binary, identity, command, said)
+
+
+def _keep(source: str, name: str) -> Path:
+    """The source of a failed compile, in a file of its own."""
+    path = Path(tempfile.mkdtemp(prefix=f"mlagen-{name}-"), f"{name}.hip")
+    path.write_text(source, encoding="utf-8")
+    return path
+
+
+@functools.cache
+def nvcc_identity() -> str:
+    """nvcc's name and version.  Raises ToolchainError if it is missing or does not run."""
+    if shutil.which("nvcc") is None:
+        raise ToolchainError("nvcc is not on the PATH: install the CUDA toolkit, or set MLAGEN_CUDA_TOOLCHAIN=nvrtc")
+    done = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"V[0-9.]+", done.stdout)
+    if done.returncode or not found:
+        raise ToolchainError(f"nvcc does not run: {(done.stderr or done.stdout).strip()}")
+    return f"nvcc {found.group()[1:]}"
+
+
+def _environment() -> dict[str, str]:
+    """The environment without the variables that change what nvcc does: they are in no cache's key."""
+    unwanted = ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
+    return {key: value for key, value in os.environ.items() if key not in unwanted}
+
+
+def _nvcc(source: str, arch: str, name: str) -> CudaBinary:
+    identity = nvcc_identity()
+    command = ["nvcc", "-x", "cu", "-cubin", f"-arch={arch}", *_FLAGS, f"{name}.hip", "-o", f"{name}.cubin"]
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"mlagen-{name}-") as folder:
+            Path(folder, f"{name}.hip").write_text(source, encoding="utf-8")
+            done = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return CudaBinary(Path(folder, f"{name}.cubin").read_bytes(), identity, " ".join(command), done.stderr)
+        kept = _keep(source, name)
+    except OSError as error:
+        raise BuildError(f"{name}: cannot build in {tempfile.gettempdir()}: {error}; free some space, or set TMPDIR") from error
+    raise BuildError(f"{name}: {identity} failed\nsource: {kept}\ncommand: cd {kept.parent} && {' '.join(command)}\n{done.stderr}")
