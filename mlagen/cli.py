@@ -1,26 +1,34 @@
 """The command line.  Exit status: 0 done, 1 a build or a check failed, 2 the request itself is wrong."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import re
+import reprlib
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
-from mlagen import __version__
-from mlagen.errors import MlagenError, RequestError
+from mlagen import __version__, cli_tools
+from mlagen.errors import BuildError, MlagenError, RequestError, VerificationError
 from mlagen.models import PRESETS
-from mlagen.shipped import Request, representative, request, shipped_matrix
-from mlagen.target import TARGETS, find_target
+from mlagen.shipped import ARCHS, Request, representative, request, shipped_matrix
+from mlagen.target import find_target
 
 GENERATED = Path("generated")
+INTERRUPTED = 130
 MAX_VERIFY_TOKENS = 65536
+MAX_VERIFY_ROWS = 1 << 16
+"""Tokens times heads; the oracle takes about 70 KB for each."""
 
 app = typer.Typer(
     add_completion=False,
@@ -38,17 +46,24 @@ QDtype = Annotated[str, typer.Option("--q-dtype", help="fp8, or the model's dtyp
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="fp8, or the model's dtype: bf16, fp16.")]
 Rounding = Annotated[str, typer.Option(help="fused: fp32 up to the end; stepwise: round where separate operators would.")]
 Fp8Max = Annotated[float | None, typer.Option("--fp8-max", help="Saturate fp8 below the format's limit (vLLM: 224 on gfx942).")]
+OUT_HELP = "Folder for NAME.hip, NAME.co and manifest.json. Default: build/"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _folder(text: str) -> Path:
+    if not text:  # an unset variable of a script, not the current folder
+        raise typer.BadParameter("it is empty; name a folder")
+    return Path(text)
+
+
 def _requests(model: str, tp: int, archs: list[str] | None, **options: Any) -> list[Request]:
-    targets = [find_target(arch) for arch in dict.fromkeys(archs or TARGETS)]
+    targets = [find_target(arch) for arch in dict.fromkeys(archs or ARCHS)]
     return [request(model, tp, target, **options) for target in targets]
 
 
 def _console() -> Console:
     """Standard output; wide enough for every table where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False, emoji=False)
 
 
 @app.command()
@@ -62,12 +77,13 @@ def models(as_json: AsJson = False) -> None:
         table.add_column(column, justify="right" if column in ("heads", "P", "L", "R") else "left", no_wrap=column == "model")
     for name, shape in PRESETS.items():
         numbers = map(str, (shape.heads, shape.nope_dim, shape.lora_rank, shape.rope_dim))
-        table.add_row(name, *numbers, shape.rope_style, shape.dtype, escape(shape.source))
+        table.add_row(name, *numbers, shape.rope_style, shape.dtype, shape.source)
     _console().print(table)
 
 
 @app.command()
 def build(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a folder that holds one.")] = None,
     tp: Tp = 1,
     arch: Archs = None,
@@ -76,7 +92,7 @@ def build(
     kv_dtype: KvDtype = "fp8",
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for NAME.hip, NAME.co and manifest.json. Default: build/")] = None,
+    out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
     toolchain: Annotated[str, typer.Option(help="auto, zig or rocm.")] = "auto",
     build_all: Annotated[bool, typer.Option("--all", help="Every preset, TP size, arch and dtype that the project ships.")] = False,
     generated: Annotated[bool, typer.Option("--generated", help="The sources that are checked in under generated/.")] = False,
@@ -89,44 +105,53 @@ def build(
     if (model is not None) + build_all + generated != 1:
         raise RequestError("name one of: a MODEL, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
-    if generated or build_all:
-        requests = representative() if generated else shipped_matrix()
-    else:
-        assert model is not None, "exactly one of the three was named"
-        options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
+    options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
+    if model is not None:
         requests = _requests(model, tp, arch, **options)
+        for each in requests:
+            if each.target.arch not in ARCHS:
+                raise RequestError(
+                    f"--arch {each.target.arch}: kernels are built ahead of time for {', '.join(ARCHS)}; "
+                    "for this one mlagen.load() compiles them where they run"
+                )
+    else:
+        for name in ("tp", "arch", *options):
+            if _given(context, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")
+        requests = representative() if generated else shipped_matrix()
     if check:
         report = builder.check(requests, folder, exclusive=generated)
-        print("\n".join(report) if report else f"{folder}: every source is what would be generated now")
-        raise typer.Exit(1 if report else 0)
-    with _Progress() as progress:
+        if report:
+            print("\n".join(report))
+            raise BuildError(
+                f"{folder} is not what would be generated now, see above; the same command without --check rewrites it"
+            )
+        print(f"{folder}: every source is what would be generated now")
+        return
+    with _progress() as progress:
         built = builder.build(requests, folder, toolchain=toolchain, sources_only=generated, progress=progress)
-    _console().print(_resource_table([kernel.entry for kernel in built], [kernel.generated.name for kernel in built]))
+    _print_kernels({kernel.generated.name: kernel.entry for kernel in built}, _resource_cells)
     print(f"{len(built)} kernel{'s' if len(built) != 1 else ''} in {folder}")
 
 
-class _Progress:
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on a terminal, plain lines elsewhere; both on standard error."""
-
-    def __enter__(self) -> "_Progress":
-        console = Console(stderr=True)
-        self._bar = None
-        if console.is_terminal:
-            columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=console, transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task("", total=None)
-        return self
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=done, total=total, description=name)
-        else:
-            print(f"built {done}/{total} {name}", file=sys.stderr)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        yield lambda name, done, total: print(f"built {done}/{total} {name}", file=sys.stderr)
+        return
+    name_column = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    columns = (TextColumn("building"), BarColumn(bar_width=20), MofNCompleteColumn(), name_column)
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name, done, total: bar.update(task, completed=done, total=total, description=name)
 
 
 @app.command()
@@ -140,52 +165,75 @@ def verify(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,64",
-    device: Annotated[str, typer.Option(help="host: run the kernel on the CPU, lane by lane.")] = "host",
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    device: Annotated[str, typer.Option(help="host: on the CPU, lane by lane; cuda, hip: on the GPU that torch sees.")] = "host",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random inputs.")] = 0,
 ) -> None:
     """Run a model's kernels on random inputs and compare every byte with the oracle."""
     counts = _parse_tokens(tokens)
-    if device != "host":
-        raise RequestError(f"--device {device}: only host is there yet")
-    options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    requests = _requests(model, tp, arch, **options)
+    if device not in ("host", "cuda", "hip"):
+        raise RequestError(f"--device {device}: expected host, cuda or hip")
     try:
         from mlagen import verify as checker
         from mlagen.runtime import load
     except ModuleNotFoundError as error:
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
-    console, failed = _console(), False
+    options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
+    requests = _requests(model, tp, arch if device == "host" else [_gpu_arch(device, arch)], **options)
+    heads = requests[0].spec.heads
+    if max(counts) * heads > MAX_VERIFY_ROWS:
+        raise RequestError(
+            f"--tokens {tokens}: with {heads} heads at most {MAX_VERIFY_ROWS // heads} fit into memory; raise --tp or ask for fewer"
+        )
+    console, failed = _console(), 0
     for each in requests:
         table = Table(
             box=None,
             header_style="bold",
-            title=f"{each.model}, TP {each.tp}, {each.target.arch}, on the host",
+            title=f"{each.model}, TP {each.tp}, {each.target.arch}, on the {'host' if device == 'host' else 'GPU'}",
             title_justify="left",
         )
         for column in ("tokens", "output", "elements", "exact", "max error", ""):
             table.add_column(column, justify="left" if column in ("output", "") else "right")
-        for count, comparisons in checker.verify(load(each.spec, "cpu", arch=each.target.arch), counts, seed=seed):
+        kernel = load(each.spec, "cpu" if device == "host" else "cuda", arch=each.target.arch)
+        for count, comparisons in checker.verify(kernel, counts, seed=seed):
             for part in comparisons:
-                failed |= not part.passed
+                failed += not part.passed
                 verdict = "ok" if part.passed else f"FAILED: {part.outside} outside rounding, {part.stray} stray bytes"
                 exact = f"{100 * part.exact_share:.3f} %"
                 table.add_row(str(count), part.name, str(part.elements), exact, f"{part.max_error:.3g}", verdict)
         console.print(table)
-    raise typer.Exit(1 if failed else 0)
+    if failed:
+        raise VerificationError(f"{failed} of the comparisons above failed: the oracle does not explain what the kernel wrote")
+
+
+def _gpu_arch(device: str, archs: list[str] | None) -> str:
+    """The architecture of torch's current GPU.  Raises RequestError where it is not of the kind, or not the one, that was named."""
+    import torch
+
+    from mlagen.runtime import device_arch
+
+    platform = "hip" if torch.version.hip else "cuda"
+    if not torch.cuda.is_available():
+        raise RequestError(f"--device {device}: torch {torch.__version__} sees no GPU; `mlagen doctor` says what is missing")
+    if platform != device:
+        raise RequestError(f"--device {device}: this torch is built for {platform}; use --device {platform}")
+    arch = device_arch(torch.cuda.current_device())
+    if archs and archs != [arch]:
+        raise RequestError(f"--arch {' '.join(archs)}: the GPU is a {arch}; leave --arch out")
+    return arch
 
 
 def _parse_tokens(text: str) -> list[int]:
-    counts = []
-    for part in text.split(","):
-        if not part.strip().isascii() or not part.strip().isdigit() or int(part) > MAX_VERIFY_TOKENS:
-            raise RequestError(f"--tokens {text}: expected numbers from 0 to {MAX_VERIFY_TOKENS} separated by commas, like 1,16,64")
-        counts.append(int(part))
-    return counts
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,9}", part) and int(part) <= MAX_VERIFY_TOKENS for part in parts):
+        allowed = f"numbers from 0 to {MAX_VERIFY_TOKENS} separated by commas, like 1,16,64"
+        raise RequestError(f"--tokens is {reprlib.repr(text)}, but must be {allowed}")
+    return [int(part) for part in parts]
 
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder that `mlagen build` wrote.")],
+    folder: Annotated[Path, typer.Argument(parser=_folder, metavar="DIR", help="A folder that `mlagen build` wrote.")],
     as_json: AsJson = False,
 ) -> None:
     """Show what built kernels cost: registers, LDS, scratch, spills, waves, matrix and memory instructions."""
@@ -196,46 +244,72 @@ def inspect(
     if as_json:
         print(json.dumps({"kernels": kernels, "damaged": damage}, indent=1, sort_keys=True))
     else:
-        console = _console()
-        console.print(_resource_table(list(kernels.values()), list(kernels)))
-        console.print(_instruction_table(list(kernels.values()), list(kernels)))
-    for line in damage:
-        print(f"mlagen: {line}", file=sys.stderr)
-    raise typer.Exit(1 if damage else 0)
+        _print_kernels(kernels, _resource_cells, _instruction_cells)
+        for line in damage:
+            print(line)
+    if damage:
+        raise BuildError(f"{folder}: {len(damage)} of its files are missing or not what was built; build them again")
 
 
 RESOURCE_COLUMNS = ("vgprs", "agprs", "sgprs", "lds_bytes", "scratch_bytes", "vgpr_spills", "sgpr_spills", "waves_per_simd")
 
-
-def _resource_table(entries: list[dict[str, Any]], names: list[str]) -> Table:
-    table = Table(box=None, header_style="bold")
-    table.add_column("kernel", overflow="fold")
-    for column in RESOURCE_COLUMNS:
-        table.add_column(column.replace("_", " "), justify="right")
-    for name, entry in zip(names, entries, strict=True):
-        table.add_row(name, *(str(entry.get("resources", {}).get(column, "?")) for column in RESOURCE_COLUMNS))
-    return table
+Entry = Mapping[str, Any]
+Cells = Callable[[Entry], dict[str, str]]
+"""What a table says of a manifest entry, by column."""
 
 
-def _instruction_table(entries: list[dict[str, Any]], names: list[str]) -> Table:
+def _resource_cells(entry: Entry) -> dict[str, str]:
+    return {column.replace("_", " "): str(entry["resources"].get(column, "?")) for column in RESOURCE_COLUMNS}
+
+
+def _instruction_cells(entry: Entry) -> dict[str, str]:
     """Static counts; widths in bits."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("kernel", overflow="fold")
-    for column in ("instructions", "MFMA", "global loads", "global stores", "scalar loads", "LDS", "barriers"):
-        table.add_column(column, justify="left" if column.startswith(("MFMA", "global")) else "right")
-    for name, entry in zip(names, entries, strict=True):
-        mix = entry.get("instructions", {})
-        table.add_row(
-            name, str(mix.get("total", "?")), _tally(mix.get("mfma"), ""), _tally(mix.get("global_loads"), " bit"),
-            _tally(mix.get("global_stores"), " bit"), *(str(mix.get(key, "?")) for key in ("scalar_loads", "lds", "barriers")),
-        )  # fmt: skip
-    return table
+    mix = entry["instructions"]
+    return {
+        "instructions": str(mix.get("total", "?")),
+        "MFMA": _tally(mix.get("mfma"), ""),
+        "global loads": _tally(mix.get("global_loads"), " bit"),
+        "global stores": _tally(mix.get("global_stores"), " bit"),
+        "scalar loads": str(mix.get("scalar_loads", "?")),
+        "LDS": str(mix.get("lds", "?")),
+        "barriers": str(mix.get("barriers", "?")),
+    }
 
 
 def _tally(counts: Any, unit: str) -> str:
     if not isinstance(counts, dict):
         return "?"
     return ", ".join(f"{count} x {key}{unit}" for key, count in counts.items()) or "none"
+
+
+def _print_kernels(kernels: Mapping[str, Entry], *kinds: Cells) -> None:
+    """A table of each kind where they fit the terminal, else a paragraph for each kernel: names of kernels are long."""
+    console = _console()
+    tables = [_kernel_table({name: cells(entry) for name, entry in kernels.items()}) for cells in kinds]
+    unlimited = console.options.update(max_width=10_000)
+    if all(console.measure(table, options=unlimited).maximum <= console.width for table in tables):
+        console.print(*tables)
+        return
+    for name, entry in kernels.items():
+        console.print(name, soft_wrap=True)
+        for cells in kinds:
+            text = "; ".join(f"{column}: {value}" for column, value in cells(entry).items())
+            console.print(Padding(text, (0, 0, 0, 4)))
+
+
+def _kernel_table(rows: Mapping[str, dict[str, str]]) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column("kernel", no_wrap=True)
+    for column in next(iter(rows.values()), {}):
+        numbers = all(row[column].isdigit() for row in rows.values())
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *row.values())
+    return table
+
+
+app.command()(cli_tools.doctor)
+app.add_typer(cli_tools.cache, name="cache")
 
 
 def _version(value: bool) -> None:
@@ -253,17 +327,47 @@ def options(
 
 def main() -> None:
     """Entry point: one line on standard error for every error that mlagen or the command line raises on purpose."""
+    _prepare_streams()
     try:
-        status = app(standalone_mode=False)
-    except typer.Abort:
-        status = 130
+        status = app(prog_name="mlagen", standalone_mode=False)
+        sys.stdout.flush()
+        if status == INTERRUPTED:
+            _report("interrupted; nothing is left half-written")
     except typer.TyperException as error:
-        print(f"mlagen: {error.format_message()}", file=sys.stderr)
+        context = getattr(error, "ctx", None)
+        hint = f"; see `{context.command_path} --help`" if context else ""
+        message = error.format_message() or "name a command"  # it was called with nothing, and has printed its help
+        _report(f"{_one_line(message.rstrip('.'))}{hint}")
         status = error.exit_code
-    except MlagenError as error:
-        print(f"mlagen: {error}", file=sys.stderr)
+    except RequestError as error:
+        _report(_one_line(str(error)))
         status = error.exit_status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MlagenError as error:
+        _report(str(error))  # whole, as a compiler's words are
+        status = error.exit_status
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered would fail again at the end
+        if not isinstance(error, BrokenPipeError):  # a reader such as `head` that has enough is no failure worth a word
+            _report(f"{error.filename or 'output'}: {error.strerror or error}; make room, or name another place")
         status = 1
     sys.exit(status)
+
+
+def _prepare_streams() -> None:
+    """Make printing work where a stream is closed, and where its encoding cannot spell a path."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _one_line(text: str) -> str:
+    """`text` with what is not printable, such as a newline in a path, spelled out."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _report(message: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"mlagen: {message}", file=sys.stderr)
