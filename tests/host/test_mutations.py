@@ -1,0 +1,194 @@
+"""Defects put into the generated code, each of which must show: the proof that the other tests would see them.
+
+A mutation is an exact replacement in the host source; a text that is no longer there fails the test, so that none vanishes.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import Launch, Workload, build_kernel, failures, make_launch, small_spec
+
+from mlagen import packing, runtime
+from mlagen.codegen import MARK, GeneratedKernel, generate, kernel_name, render
+from mlagen.dtypes import DType
+from mlagen.lowering import lower
+from mlagen.runtime import Kernel, load
+from mlagen.schedule import choose_schedule
+from mlagen.spec import PrologueSpec
+from mlagen.target import Digit, FragmentMap, find_target
+
+pytestmark = pytest.mark.host
+
+SPECS = {
+    "gptj": small_spec(),
+    "neox": small_spec(rope_style="neox", kv_dtype="bf16"),
+    "stepwise": small_spec(rounding="stepwise"),
+    "same": small_spec(q_dtype="bf16", kv_dtype="bf16", rope_style="none"),
+    "fp16": small_spec(dtype="fp16", q_dtype="fp16"),
+}
+
+# Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
+WORKLOAD = Workload(tokens=31, special=True)
+SMALL_BLOCKS = Workload(tokens=31, block_size=2)  # with the strides exchanged, all addresses stay inside the cache
+UNIT_SCALES = Workload(tokens=31, scales="none")  # ties are frequent only without a scale
+NARROW_POSITIONS = Workload(tokens=31, positions_dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    old: str
+    new: str
+    spec: str = "gptj"
+    arch: str = "gfx942"
+    workload: Workload = WORKLOAD
+
+
+MUTATIONS = (
+    # RoPE
+    Mutation("rope sign", "a * cos - b * sin", "a * cos + b * sin"),
+    Mutation("rope second sign", "b * cos + a * sin", "b * cos - a * sin", spec="neox"),
+    Mutation("rope of a rotated partner", "rotated = a * cos - b * sin;", "rotated = a = a * cos - b * sin;"),
+    Mutation("cos and sin swapped", "column / 2, cos, sin);", "column / 2, sin, cos);"),
+    Mutation("tables swapped", "static_cast<const bf16*>(args.cos) + cos_at", "static_cast<const bf16*>(args.sin) + sin_at"),
+    Mutation("first pair of a piece", "column / 2, cos", "column, cos"),
+    Mutation("neox halves exchanged", "rotate<8>(low, high, cos, sin)", "rotate<8>(high, low, cos, sin)", spec="neox"),
+    Mutation("neox partner is the neighbour", "load(from + 16, high)", "load(from + 8, high)", spec="neox"),
+    Mutation("gptj pairs as neox", "x[2 * i], x[2 * i + 1], cos[i]", "x[i], x[i + PAIRS], cos[i]"),
+    Mutation("positions not clamped below", "position < 0 ? 0 : position", "position"),
+    Mutation("positions not clamped above", "position < args.max_position ? position : args.max_position - 1", "position"),
+    Mutation("positions clamped one early", ": args.max_position - 1", ": args.max_position - 2"),
+    Mutation("positions of one token for all", "load_index(args.positions, token,", "load_index(args.positions, 0,"),
+    Mutation("int32 positions as int64", "token, args.positions_int64)", "token, 1)", workload=NARROW_POSITIONS),
+    # cache
+    Mutation("slot check dropped", "    if (slot < 0) return;", ""),
+    Mutation("slot 0 taken for none", "if (slot < 0) return;", "if (slot <= 0) return;"),
+    Mutation(
+        "strides exchanged",
+        "block * args.block_stride + place * args.entry_stride",
+        "block * args.entry_stride + place * args.block_stride",
+        workload=SMALL_BLOCKS,
+    ),
+    Mutation("block padding ignored", "block * args.block_stride", "block * args.block_size * args.entry_stride"),
+    Mutation("slot by token", "load_index(args.slot_mapping, token, args.slots_int64)", "token"),
+    Mutation("column offset", "cache_entry(args, slot) + 96 + column", "cache_entry(args, slot) + 94 + column"),
+    Mutation("rope before nope in the cache", "cache_entry(args, slot) + 96 + column", "cache_entry(args, slot) + column"),
+    # rows
+    Mutation("head and token exchanged", "token = row / heads, head = row % heads", "token = row % heads, head = row / heads"),
+    Mutation("last row forgotten", "if (row >= uint32_t(args.tokens)) return;", "if (row + 1 >= uint32_t(args.tokens)) return;"),
+    Mutation("head stride forgotten", " + head * args.q_pe_head_stride", ""),
+    Mutation("piece copied short", "copy<16>(q_out_row", "copy<8>(q_out_row", spec="same"),
+    # conversions
+    Mutation("saturation dropped", "saturate(x[i] * inverse_scale, limit)", "x[i] * inverse_scale"),
+    Mutation("NaN not kept", "x < -limit ? -limit : x > limit ? limit : x", "std::max(-limit, std::min(limit, x))"),
+    Mutation("wrong limit", "inverse_scale, 240.0f)", "inverse_scale, 224.0f)"),
+    Mutation("scale not inverted", "1.0f / scale", "scale"),
+    Mutation("scales exchanged", "*args.k_scale", "*args.q_scale"),
+    Mutation("fp8 ties away from zero", "0x7ffff + (magnitude >> 20 & 1)", "0x80000", workload=UNIT_SCALES),
+    Mutation("fp8 truncated", "magnitude + 0x7ffff + (magnitude >> 20 & 1)", "magnitude"),
+    Mutation("fp8 bias of the other flavour", "e4m3_code<8, 0x7f, true>", "e4m3_code<7, 0x7e, false>"),
+    Mutation("bf16 truncated", "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16", spec="neox"),
+    Mutation("fp16 truncated", "magnitude + 0xfff + (magnitude >> 13 & 1)", "magnitude", spec="fp16"),
+    Mutation("rounding between steps dropped", "    round_to<bf16>(x);\n", "", spec="stepwise"),
+    # absorb
+    Mutation("tail guard dropped", "if (token < args.tokens) quantize", "quantize"),
+    Mutation("head guard dropped", "    if (head >= args.heads) return;\n", ""),
+    Mutation("heads by one XCD only", "* XCDS + workgroup % XCDS", "* XCDS"),
+    Mutation("lane map of k", "k_first = lane / 16 * 8", "k_first = lane % 4 * 8", arch="gfx950"),
+    Mutation("lane map of l", "l_first = lane / 16 * 8", "l_first = lane % 4 * 8"),
+    Mutation("lane map of tokens", "token = tile * TOKEN_TILE + lane % 16", "token = tile * TOKEN_TILE + lane / 4"),
+    Mutation("accumulator order", "sums[i / 4][i % 4]", "sums[i % 2][i / 2]"),
+    Mutation("accumulators not cleared", "Accumulator sums[M_TILES] = {};", "static Accumulator sums[M_TILES];"),
+    Mutation("latent tile forgotten", "l_tile * L_TILE + l_first", "l_first"),
+    Mutation("fragments in another order", "chunk * M_TILES + m) * FRAGMENT", "m * CHUNKS + chunk) * FRAGMENT"),
+    Mutation("q beyond P not zeroed", "k < NOPE_DIM ? load_fragment(row + k) : Fragment{}", "load_fragment(row + k)"),
+    Mutation("last chunk of q forgotten", "k < NOPE_DIM ?", "k + CHUNK < NOPE_DIM ?", arch="gfx950"),
+    Mutation("all token tiles are the first", "token = tile * TOKEN_TILE + lane % 16", "token = lane % 16"),
+)
+
+
+def launch_for(kernel: Kernel, mutation: Mutation) -> Launch:
+    return make_launch(kernel, mutation.workload, seed=1)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
+def test_a_defect_shows(mutation):
+    spec = SPECS[mutation.spec]
+    sound = load(spec, "cpu", arch=mutation.arch)
+    assert not failures(sound, launch_for(sound, mutation)), "red without the mutation"
+    kernel = build_kernel(spec, mutation.arch, sound.generated, (mutation.old, mutation.new))
+    assert failures(kernel, launch_for(kernel, mutation)), "not seen"
+
+
+def is_wrong(kernel: Kernel) -> bool:
+    return bool(failures(kernel, make_launch(kernel, WORKLOAD)))
+
+
+def test_32_bit_addresses_show(sparse):
+    """A block stride beyond 2^32 elements, kept in 32 bits: what truncation would do in a large cache."""
+    spec, stride = SPECS["gptj"], 2**32 + 128
+    sound = load(spec, "cpu", arch="gfx942")
+    change = ("block * args.block_stride", "int64_t(uint32_t(block * args.block_stride))")
+    mutated = build_kernel(spec, "gfx942", sound.generated, change)
+    workload = Workload(tokens=1, slots="first", block_size=1, bytes_cache=True)
+    written = []
+    for kernel in (sound, mutated):
+        cache = sparse((2, 1, spec.entry_dim), (stride, spec.entry_dim, 1), torch.uint8)
+        arguments = {**make_launch(kernel, workload).arguments, "kv_cache": cache, "slot_mapping": torch.tensor([1])}
+        kernel(**arguments)
+        written.append(bool(cache[1].any()))
+    assert written == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((5, 3), (17, 3))],
+    ids=["elements", "lanes", "lanes of other groups"],
+)
+def test_a_permuted_packing_shows(first, second, monkeypatch):
+    def permuted(tiles):
+        index = packing.packing_index(tiles).reshape(packing.packed_shape(tiles)).copy()
+        swap = index[..., second[0], second[1]].copy()
+        index[..., second[0], second[1]] = index[..., first[0], first[1]]
+        index[..., first[0], first[1]] = swap
+        return index.reshape(-1)
+
+    kernel = load(SPECS["gptj"], "cpu", arch="gfx942")
+    assert not is_wrong(kernel)
+    monkeypatch.setattr(runtime, "packing_index", permuted)
+    assert is_wrong(kernel)
+
+
+def test_padding_of_the_weights_that_is_not_zero_shows():
+    """Zeros of q meet the padding: NaN or infinities there would spoil every sum."""
+    kernel = load(SPECS["gptj"], "cpu", arch="gfx942")
+    launch = make_launch(kernel, WORKLOAD)
+    index = torch.from_numpy(packing.packing_index(kernel.generated.schedule.absorb))
+    packed = launch.arguments["packed"].view(3, -1)
+    assert not packed[:, index == packing.PADDING].any()
+    packed[:, index == packing.PADDING] = torch.nan
+    assert failures(kernel, launch)
+
+
+def body_for_other_map(spec: PrologueSpec, arch: str, **maps: FragmentMap) -> GeneratedKernel:
+    """The host library of `arch`, with a kernel generated for an atom whose lane maps are others."""
+    target = find_target(arch)
+    atom = dataclasses.replace(target.atom(DType.BF16), **maps)
+    other = dataclasses.replace(target, atoms=((DType.BF16, atom),))
+    program = spec.program(other)
+    lowered = lower(program)
+    wrong = render(kernel_name(spec, target), program, lowered, choose_schedule(lowered, other), other)
+    right = generate(spec, target)
+    source = right.host_source.partition(MARK)[0] + MARK + wrong.host_source.partition(MARK)[2]
+    assert source != right.host_source
+    return dataclasses.replace(wrong, host_source=source)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_another_lane_map_shows(arch):
+    """The sums of a lane lie otherwise than the host library, like the hardware, has them: lanes / 4, not lanes % 16."""
+    spec = SPECS["gptj"]
+    d = FragmentMap((("m", 16), ("n", 16)), (Digit(4, "m", 4), Digit(16, "n", 1)), (Digit(4, "m", 1),))
+    assert is_wrong(build_kernel(spec, arch, body_for_other_map(spec, arch, d=d)))

@@ -1,0 +1,95 @@
+"""The sweep: every shape, type, layout and edge of the inputs, in pairs: each value of each factor meets each value of each other.
+
+Specs and launches are two covering arrays.  A kernel is compiled for a spec and runs the launches that fall to it; heads belong to
+the launches, because kernels that differ in heads only are the same.
+"""
+
+import torch
+from helpers import Row, covering
+
+from mlagen.spec import PrologueSpec
+from mlagen.target import TARGETS
+
+ARCHS = tuple(TARGETS)
+
+SPEC_FACTORS = {
+    "nope_dim": (16, 32, 48, 64, 128, 192, 256, 512),
+    "lora_rank": (16, 32, 48, 64, 80, 256, 512, 576),
+    "rope_dim": (0, 2, 6, 32, 64, 128),
+    "rope_style": ("none", "gptj", "neox"),
+    "arch": ARCHS,
+    "dtype": ("bf16", "fp16"),
+    "absorb": (True, False),
+    "q_fp8": (True, False),
+    "kv_fp8": (True, False),
+    "rounding": ("fused", "stepwise"),
+    "fp8_max": (None, 224.0),
+}
+
+LAUNCH_FACTORS = {
+    "heads": (1, 3, 5, 12, 16, 20, 40, 64, 128),
+    "tokens": (0, 1, 2, 7, 8, 15, 16, 17, 33, 64, 65, 256),
+    "block_size": (1, 16, 17, 64, 1536),
+    "cache": ("dense", "padded", "interleaved"),
+    "bytes_cache": (False, True),
+    "out": ("dense", "spare heads", "head major"),
+    "layout": ("dense", "sliced", "transposed", "joined"),
+    "k_pe_rank": (2, 3),
+    "slots": ("some", "none", "first", "last", "all"),
+    "slots_dtype": (torch.int64, torch.int32),
+    "positions": ("mixed", "stale"),
+    "positions_dtype": (torch.int64, torch.int32),
+    "max_position": (1, 300),
+    "table": ("joined", "pair"),
+    "table_dtype": ("model", "fp32"),
+    "scales": ("given", "none"),
+    "special": (False, True),
+}
+
+PRODUCTS_LIMIT = 300e6
+"""Multiplications of one launch: what the oracle does in a second."""
+
+
+def sensible(row: Row) -> bool:
+    rotates = row["rope_style"] != "none"
+    return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not row["q_fp8"] and not row["kv_fp8"])
+
+
+def spec_of(row: Row, heads: int) -> PrologueSpec:
+    dtype = row["dtype"]
+    return PrologueSpec(
+        heads=heads,
+        weight=dtype if row["absorb"] else "none",
+        q_dtype="fp8" if row["q_fp8"] else dtype,
+        kv_dtype="fp8" if row["kv_fp8"] else dtype,
+        **{name: row[name] for name in ("nope_dim", "lora_rank", "rope_dim", "rope_style", "dtype", "rounding", "fp8_max")},
+    )
+
+
+def assign(specs: list[Row], launches: list[Row]) -> list[list[Row]]:
+    """Deals the launches to the specs in turn, each to the next for which it is not too large; each spec gets one at least."""
+    hands: list[list[Row]] = [[] for _ in specs]
+    queue = list(range(len(specs)))
+    spare = [launch for launch in launches if launch["tokens"] * launch["heads"] <= 1000]
+    for launch in launches + spare:
+
+        def fits(at: int, launch: Row = launch) -> bool:
+            size = specs[at]["nope_dim"] * specs[at]["lora_rank"]
+            return launch["tokens"] * launch["heads"] * size <= PRODUCTS_LIMIT
+
+        chosen = next(at for at in queue if fits(at))
+        queue.append(queue.pop(queue.index(chosen)))
+        hands[chosen].append(launch)
+    return hands
+
+
+SPECS = covering(SPEC_FACTORS, sensible)
+HANDS = assign(SPECS, covering(LAUNCH_FACTORS))
+
+
+def label(row: Row) -> str:
+    style = f"{row['rope_style']}{row['rope_dim']}"
+    q, kv = ("fp8" if row[name] else "same" for name in ("q_fp8", "kv_fp8"))
+    width = row["nope_dim"] if row["absorb"] else "absorbed"
+    parts = (row["arch"], row["dtype"], width, row["lora_rank"], style, q, kv, row["rounding"], row["fp8_max"] or "")
+    return "-".join(map(str, parts)).rstrip("-")

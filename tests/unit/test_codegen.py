@@ -1,0 +1,309 @@
+"""Generated source: the same bytes for the same spec anywhere, one kernel for every platform, and nothing left over in it."""
+
+import dataclasses
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlagen import codegen
+from mlagen.abi import block_format, kernel_arguments
+from mlagen.codegen import MARK, GeneratedKernel, generate, kernel_name, render
+from mlagen.dtypes import DType
+from mlagen.errors import SpecError
+from mlagen.ir import CacheWrite, Program, Quantize
+from mlagen.lowering import lower
+from mlagen.schedule import choose_schedule
+from mlagen.spec import PrologueSpec
+from mlagen.target import TARGETS, find_target
+
+ROOT = Path(codegen.__file__).parents[1]
+LONGEST_LINE = 132
+ARCHS = tuple(TARGETS)
+GOOD = {"heads": 16, "nope_dim": 128, "lora_rank": 512, "rope_dim": 64, "rope_style": "gptj"}
+
+# Each takes another way through the templates.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "neox": {"rope_style": "neox"},
+    "unrotated": {"rope_style": "none"},
+    "no rope": {"rope_style": "none", "rope_dim": 0},
+    "narrow rope": {"rope_dim": 6},
+    "stepwise": {"rounding": "stepwise"},
+    "stepwise fp16": {"rounding": "stepwise", "dtype": "fp16"},
+    "bf16 out": {"q_dtype": "bf16", "kv_dtype": "bf16"},
+    "bf16 cache": {"kv_dtype": "bf16", "rope_style": "neox"},
+    "absorbed": {"weight": "none"},
+    "absorbed, copied": {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rope_style": "none"},
+    "padded": {"nope_dim": 48, "lora_rank": 80},
+    "largest": {"heads": 4096, "nope_dim": 512, "lora_rank": 2048, "rope_dim": 512},
+    "limit": {"fp8_max": 224.0},
+}
+
+
+def spec(**changes: Any) -> PrologueSpec:
+    return PrologueSpec(**{**GOOD, **changes})
+
+
+def of(variant: str, arch: str) -> GeneratedKernel:
+    return generate(spec(**VARIANTS[variant]), find_target(arch))
+
+
+each_variant = pytest.mark.parametrize(
+    ("variant", "arch"), [(variant, arch) for variant in VARIANTS for arch in ARCHS], ids=lambda name: name.replace(" ", "-")
+)
+
+
+@each_variant
+def test_host_and_device_share_the_kernel(variant, arch):
+    kernel = of(variant, arch)
+    (library, device), (host_library, host) = (text.split(MARK) for text in (kernel.source, kernel.host_source))
+    assert host.startswith(device), "the host's kernel is another one"
+    assert "mlagen_host_launch" in host
+    assert "mlagen_host_launch" not in device
+    assert library != host_library
+    assert "__builtin_amdgcn" not in device, "a platform's primitive outside the library"
+
+
+@each_variant
+def test_the_source_reads_well(variant, arch):
+    """Short lines, no blank runs, no trailing blanks, nothing of the template language, one newline at the end."""
+    kernel = of(variant, arch)
+    for text in (kernel.source, kernel.host_source):
+        lines = text.split("\n")
+        assert max(map(len, lines)) <= LONGEST_LINE, max(lines, key=len)
+        assert not [line for line in lines if line != line.rstrip() or "\t" in line]
+        assert not re.search(r"\n\n\n|//%|<%|%>|\$\{|<#|None|\bTrue\b|\bFalse\b|Undefined", text)
+        assert text.endswith("}\n")
+        assert text.isascii()
+
+
+@each_variant
+def test_the_head_says_what_it_is(variant, arch):
+    kernel = of(variant, arch)
+    head = kernel.source[:2000]
+    assert head.startswith(f"// {kernel.name}\n")
+    assert arch in head
+    program = spec(**VARIANTS[variant]).program(find_target(arch))
+    for line in str(program).splitlines():
+        assert f"//     {line}".rstrip() in kernel.source
+    for segment in kernel.lowered.segments:
+        assert f"//     {segment.name}: " in kernel.source
+
+
+@each_variant
+def test_every_argument_is_used(variant, arch):
+    """Declared once, passed once, and read by the kernel; the driver fills exactly these."""
+    kernel = of(variant, arch)
+    body = kernel.source.partition(MARK)[2]
+    code = re.sub(r"//.*", "", body)
+    for argument in kernel.arguments:
+        assert re.search(rf"\bargs\.{argument.name}\b", code), f"{argument.name} is never read"
+    read = set(re.findall(r"\bargs\.(\w+)", code))
+    assert read == {argument.name for argument in kernel.arguments}
+    signature = re.search(rf"void {kernel.name}\(([^)]*)\)", code)
+    assert signature is not None
+    declared = [part.split()[-1] for part in signature.group(1).split(",")]
+    assert declared == [argument.name for argument in kernel.arguments]
+
+
+@each_variant
+def test_every_function_and_constant_of_the_kernel_is_used(variant, arch):
+    """What a variant does not need is not in its source."""
+    code = re.sub(r"//.*", "", of(variant, arch).source.partition(MARK)[2])
+    defined = re.findall(r"^MLAGEN_DEVICE [\w:*& ]*?(\w+)\(", code, re.MULTILINE)
+    defined += re.findall(r"^constexpr \w+ (\w+) =", code, re.MULTILINE)
+    assert defined
+    assert not [name for name in defined if len(re.findall(rf"\b{name}\b", code)) < 2]
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "1", "4711"])
+def test_the_same_bytes_in_another_process(hash_seed, tmp_path):
+    """Another hash seed, folder, time zone and locale: sets, paths and dates would show."""
+    code = """
+import hashlib
+from mlagen.codegen import generate
+from mlagen.spec import PrologueSpec
+from mlagen.target import TARGETS
+for target in TARGETS.values():
+    for weight in ("bf16", "none"):
+        spec = PrologueSpec(heads=16, nope_dim=48, lora_rank=512, rope_dim=64, rope_style="neox", weight=weight, fp8_max=224)
+        kernel = generate(spec, target)
+        print(kernel.name, kernel.source_sha256, hashlib.sha256(kernel.host_source.encode()).hexdigest())
+"""
+
+    def run(**environment: str) -> str:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        settings = {**os.environ, "PYTHONPATH": path, **environment}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=True).stdout
+
+    ours = run()
+    assert len(ours.splitlines()) == 2 * len(ARCHS)
+    assert run(PYTHONHASHSEED=hash_seed, TZ="Asia/Tokyo", LC_ALL="C", HOME=str(tmp_path)) == ours
+
+
+@each_variant
+def test_nothing_of_this_machine_is_in_the_source(variant, arch):
+    kernel = of(variant, arch)
+    for text in (kernel.source, kernel.host_source):
+        assert str(ROOT) not in text
+        assert not re.search(r"/(home|tmp|root|usr|work|mnt)/|\b20\d\d-\d\d-\d\d\b|0x[0-9a-f]{9,}", text)
+
+
+def test_rendering_is_pure():
+    """Rendered twice, and for other heads: the same text."""
+    target = find_target("gfx942")
+    program = spec(heads=3).program(target)
+    lowered = lower(program)
+    again = render(kernel_name(spec(), target), program, lowered, choose_schedule(lowered, target), target)
+    assert again.source == generate(spec(), target).source
+    assert again.host_source == generate(spec(), target).host_source
+
+
+@pytest.mark.parametrize("waves", [1, 2, 4, 8])
+def test_a_wave_number_is_made_uniform_where_there_are_several(waves):
+    target = find_target("gfx950")
+    program = spec().program(target)
+    lowered = lower(program)
+    kernel = render("kernel", program, lowered, choose_schedule(lowered, target, waves_per_workgroup=waves), target)
+    assert f"constexpr uint32_t THREADS = {64 * waves};" in kernel.source
+    assert ("uniform(" in kernel.source.partition(MARK)[2]) == (waves > 1)
+
+
+# Templates
+
+
+def test_an_undefined_name_is_an_error(monkeypatch):
+    templates = {"kernel.hip.j2": "int x = ${nonsense};\n"}
+    text = codegen._template_text
+    environment = codegen._environment()
+    assert environment.undefined is jinja2.StrictUndefined
+    monkeypatch.setattr(environment, "loader", jinja2.FunctionLoader(lambda name: templates.get(name) or text(name)))
+    environment.cache.clear()
+    try:
+        with pytest.raises(jinja2.UndefinedError, match="nonsense"):
+            generate.__wrapped__(spec(), find_target("gfx942"))
+    finally:
+        environment.cache.clear()
+
+
+def test_braces_of_cpp_survive():
+    source = re.sub(r"//.*", "", of("plain", "gfx942").host_source)
+    assert "Accumulator sums[M_TILES] = {};" in source
+    assert all(source.count(opening) == source.count(closing) for opening, closing in ("{}", "()", "[]"))
+
+
+# Programs that a spec does not build
+
+Q_ONLY = ("q_nope", "w_uk", "q_pe", "cos_sin_cache", "positions", "q_scale")
+KV_ONLY = ("kv_c", "k_pe", "cos_sin_cache", "positions", "k_scale", "slot_mapping", "kv_cache")
+
+
+def part_of(program: Program, result: str) -> Program:
+    """The stages and inputs that `result` is made of."""
+    needed, stages = {result}, []
+    for stage in reversed(program.stages):
+        if stage.output in needed:
+            needed.update(stage.operands)
+            stages.append(stage)
+    inputs = tuple((name, tensor) for name, tensor in program.inputs if name in needed)
+    return Program(program.name, inputs, tuple(reversed(stages)), (result,))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("style", ["none", "gptj", "neox"])
+@pytest.mark.parametrize(
+    ("result", "inputs", "gone"),
+    [
+        ("q_out", Q_ONLY, ("slot_mapping", "cache_entry", "k_pe")),
+        ("kv_cache_written", KV_ONLY, ("q_out", "heads", "w_uk", "multiply")),
+    ],
+    ids=["q only", "kv only"],
+)
+def test_subsets_render(result, inputs, gone, style, arch):
+    target = find_target(arch)
+    program = part_of(spec(rope_style=style).program(target), result)
+    assert set(dict(program.inputs)) <= set(inputs)
+    lowered = lower(program)
+    kernel = render("part", program, lowered, choose_schedule(lowered, target), target)
+    body = kernel.source.partition(MARK)[2]
+    assert not [name for name in gone if re.search(rf"\b{name}\b", body)]
+    assert set(re.findall(r"\bargs\.(\w+)", re.sub(r"//.*", "", body))) == {argument.name for argument in kernel.arguments}
+
+
+def test_a_program_without_scales():
+    """A Quantize without a scale multiplies by 1."""
+    target = find_target("gfx942")
+    program = part_of(spec(rope_style="none").program(target), "kv_cache_written")
+    stages = tuple(dataclasses.replace(s, scale=None) if isinstance(s, Quantize) else s for s in program.stages)
+    bare = Program("bare", tuple(i for i in program.inputs if i[0] != "k_scale"), stages, program.results)
+    assert isinstance(stages[-1], CacheWrite)
+    lowered = lower(bare)
+    source = render("bare", bare, lowered, choose_schedule(lowered, target), target).source
+    assert "quantize(to, x, 1.0f, 240.0f);" in source
+    assert "scale" not in {argument.name for argument in kernel_arguments(lowered)}
+
+
+# Arguments
+
+
+@each_variant
+def test_the_argument_block_is_laid_out_as_in_c(variant, arch):
+    """Each value at a multiple of its size; as many bytes as hipModuleLaunchKernel expects."""
+    arguments = of(variant, arch).arguments
+    values = {argument.name: number + 1 for number, argument in enumerate(arguments)}
+    block = struct.pack(block_format(arguments), *values.values())
+    at = 0
+    for argument in arguments:
+        size = {"pointer": 8, "int32": 4, "int64": 8}[argument.kind]
+        at += -at % size
+        assert int.from_bytes(block[at : at + size], "little") == values[argument.name]
+        at += size
+    assert len(block) == at
+
+
+def test_what_the_first_loads_need_comes_first():
+    """The hardware can preload the first 14 dwords; the weights and the query must be among them."""
+    names = [argument.name for argument in of("plain", "gfx950").arguments]
+    assert names[:5] == ["w_uk", "q_nope", "q_nope_token_stride", "q_nope_head_stride", "tokens"]
+
+
+@given(
+    nope_dim=st.integers(1, 32).map(lambda n: 16 * n),
+    lora_rank=st.integers(1, 128).map(lambda n: 16 * n),
+    rope_dim=st.integers(0, 256).map(lambda n: 2 * n),
+    style=st.sampled_from(["none", "gptj", "neox"]),
+    dtype=st.sampled_from(["bf16", "fp16"]),
+    arch=st.sampled_from(ARCHS),
+)
+def test_any_spec_renders(nope_dim, lora_rank, rope_dim, style, dtype, arch):
+    try:
+        wanted = spec(nope_dim=nope_dim, lora_rank=lora_rank, rope_dim=rope_dim, rope_style=style, dtype=dtype)
+    except SpecError:
+        assert rope_dim == 0
+        assert style != "none"
+        return
+    kernel = generate(wanted, find_target(arch))
+    assert kernel.name == kernel_name(wanted, find_target(arch))
+    assert kernel.name.isidentifier()
+    assert max(map(len, (kernel.source + kernel.host_source).split("\n"))) <= LONGEST_LINE
+    assert str(find_target(arch).fp8) in kernel.source
+
+
+def test_the_flavour_is_the_arches():
+    for arch, flavour in (("gfx942", DType.E4M3FNUZ), ("gfx950", DType.E4M3FN)):
+        source = of("plain", arch).source
+        assert f"using target_fp8 = {flavour.value.cpp};" in source
+        assert f"{flavour.largest:g}.0f" in source

@@ -1,0 +1,248 @@
+"""The IR: what verify() infers, how a program prints, and every program that verify() or lower() refuses."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from mlagen.dtypes import DType
+from mlagen.errors import ProgramError
+from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, TensorType
+from mlagen.lowering import lower
+from mlagen.spec import PrologueSpec
+from mlagen.target import find_target
+
+BF16, FP16, FP32, FN, I64 = DType.BF16, DType.FP16, DType.FP32, DType.E4M3FN, DType.INT64
+
+INPUTS = {
+    "q_nope": TensorType(("T", "H", 128), BF16),
+    "w_uk": TensorType(("H", 128, 512), BF16),
+    "q_pe": TensorType(("T", "H", 64), BF16),
+    "cos_sin_cache": TensorType(("X", 64), BF16),
+    "positions": TensorType(("T",), I64),
+    "q_scale": TensorType((), FP32),
+    "kv_c": TensorType(("T", 512), BF16),
+    "k_pe": TensorType(("T", 64), BF16),
+    "k_scale": TensorType((), FP32),
+    "slot_mapping": TensorType(("T",), I64),
+    "kv_cache": TensorType(("N", 576), FN),
+}
+ABSORB = QAbsorb("ql_nope", "q_nope", "w_uk", FP32)
+Q_ROPE = Rope("q_rotated", "q_pe", "cos_sin_cache", "positions", "gptj", FP32)
+Q_ROW = Concat("q_row", "ql_nope", "q_rotated")
+Q_OUT = Quantize("q_out", "q_row", FN, "q_scale")
+K_ROPE = Rope("k_rotated", "k_pe", "cos_sin_cache", "positions", "gptj", FP32)
+KV_ROW = Concat("kv_row", "kv_c", "k_rotated")
+ENTRY = Quantize("kv_entry", "kv_row", FN, "k_scale")
+WRITE = CacheWrite("written", "kv_entry", "kv_cache", "slot_mapping")
+
+Q_STAGES, KV_STAGES = (ABSORB, Q_ROPE, Q_ROW, Q_OUT), (K_ROPE, KV_ROW, ENTRY, WRITE)
+
+
+def program(stages: Any = Q_STAGES + KV_STAGES, results: Any = ("q_out", "written"), **inputs: TensorType | None) -> Program:
+    """A program of `stages` with the inputs that they read; `inputs` changes the type of some, None leaves one out."""
+    read = {operand for stage in stages for operand in stage.operands}
+    types = {name: inputs.get(name, tensor) for name, tensor in INPUTS.items() if name in read or name in inputs}
+    return Program("test", tuple((name, tensor) for name, tensor in types.items() if tensor), tuple(stages), tuple(results))
+
+
+def with_stage(stage: Any, stages: Any = Q_STAGES + KV_STAGES) -> list[Any]:
+    """`stages` with the one of the same output replaced."""
+    return [stage if each.output == stage.output else each for each in stages]
+
+
+def changed(stage: Any, **changes: Any) -> Program:
+    return program(with_stage(dataclasses.replace(stage, **changes)))
+
+
+def test_types_of_the_whole_prologue():
+    types = program().verify()
+    assert {name: str(tensor) for name, tensor in types.items() if name not in INPUTS} == {
+        "ql_nope": "fp32[T, H, 512]",
+        "q_rotated": "fp32[T, H, 64]",
+        "q_row": "fp32[T, H, 576]",
+        "q_out": "fp8_e4m3fn[T, H, 576]",
+        "k_rotated": "fp32[T, 64]",
+        "kv_row": "fp32[T, 576]",
+        "kv_entry": "fp8_e4m3fn[T, 576]",
+        "written": "fp8_e4m3fn[N, 576]",
+    }
+
+
+def test_a_concat_has_the_wider_type():
+    mixed = program([dataclasses.replace(ABSORB, dtype=BF16), Q_ROPE, Q_ROW, Q_OUT], ["q_out"])
+    assert mixed.verify()["q_row"].dtype is FP32
+
+
+def test_a_program_prints_its_inputs_stages_and_results():
+    text = str(program(with_stage(dataclasses.replace(ENTRY, fp8_max=224.0))))
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert lines[0] == "program test"
+    assert "  input  w_uk          : bf16[H, 128, 512]" in lines
+    assert "         q_rotated     = rope(q_pe, cos_sin_cache, positions, style=gptj) : fp32[T, H, 64]" in lines
+    assert "         kv_entry      = quantize(kv_row, k_scale, fp8_max=224.0) : fp8_e4m3fn[T, 576]" in lines
+    assert lines[-1] == "  result q_out, written"
+    assert len(lines) == 2 + len(INPUTS) + len(Q_STAGES + KV_STAGES)
+
+
+def tensor(*shape: int | str, dtype: DType = BF16) -> TensorType:
+    return TensorType(shape, dtype)
+
+
+# What is wrong: the program, the stage that must be named (None: the program), and a word of the reason.
+REJECTED = {
+    # order
+    "rope after its use": (program([ABSORB, Q_ROW, Q_ROPE, Q_OUT], ["q_out"]), "Concat 'q_row'", "only by a later stage"),
+    "an operand of itself": (changed(Q_ROW, b="q_row"), "Concat 'q_row'", "only by a later stage"),
+    "an operand of nobody": (changed(Q_ROW, b="q_turned"), "Concat 'q_row'", "by no stage and by no input"),
+    "a missing input": (program(w_uk=None), "QAbsorb 'ql_nope'", "by no stage and by no input"),
+    "defined twice": (program([ABSORB, ABSORB, Q_ROPE, Q_ROW, Q_OUT], ["q_out"]), "QAbsorb 'ql_nope'", "defined already"),
+    "an output called as an input": (
+        program([dataclasses.replace(ABSORB, output="q_nope")], ["q_nope"]),
+        "QAbsorb 'q_nope'",
+        "defined already",
+    ),
+    "the cache read after its write": (
+        program([*KV_STAGES, Quantize("copy", "written", BF16)], ["copy", "written"]),
+        "Quantize 'copy'",
+        "never read",
+    ),
+    "no result": (program(results=[]), None, "no result"),
+    "a result of nobody": (program(results=["q_out", "written", "q_in"]), None, "'q_in' is no stage's output"),
+    "an input as result": (program(results=["q_out", "written", "q_pe"]), None, "'q_pe' is no stage's output"),
+    "a stage for nothing": (program(results=["q_out"]), None, "'written' is never read"),
+    "an input for nothing": (program(Q_STAGES, ["q_out"], kv_c=INPUTS["kv_c"]), None, "'kv_c' is never read"),
+    # QAbsorb
+    "w_uk without heads": (program(w_uk=tensor(128, 512)), "QAbsorb 'ql_nope'", "w_uk [H,P,L]"),
+    "q_nope without heads": (program(q_nope=tensor("T", 128)), "QAbsorb 'ql_nope'", "q_nope [T,H,P]"),
+    "widths that differ": (program(w_uk=tensor("H", 64, 512)), "QAbsorb 'ql_nope'", "nope width"),
+    "heads that differ": (program(w_uk=tensor("G", 128, 512)), "QAbsorb 'ql_nope'", "heads"),
+    "types that differ": (program(w_uk=tensor("H", 128, 512, dtype=FP16)), "QAbsorb 'ql_nope'", "one type"),
+    "fp8 weights": (program(w_uk=tensor("H", 128, 512, dtype=FN)), "QAbsorb 'ql_nope'", "bf16, fp16 or fp32"),
+    # Rope
+    "an unknown style": (changed(Q_ROPE, style="yarn"), "Rope 'q_rotated'", "'yarn' is not one of gptj, neox"),
+    "an odd width": (program(q_pe=tensor("T", "H", 63)), "Rope 'q_rotated'", "needs pairs"),
+    "no width": (program(q_pe=tensor("T", "H", 0)), "Rope 'q_rotated'", "needs pairs"),
+    "a table of another width": (program(cos_sin_cache=tensor("X", 32)), "Rope 'q_rotated'", "expected 64 columns"),
+    "positions of float": (program(positions=tensor("T", dtype=FP32)), "Rope 'q_rotated'", "expected int32[T] or int64[T]"),
+    "positions by head": (program(positions=tensor("T", "H", dtype=I64)), "Rope 'q_rotated'", "expected int32[T]"),
+    "a table of integers": (program(cos_sin_cache=tensor("X", 64, dtype=I64)), "Rope 'q_rotated'", "bf16, fp16 or fp32"),
+    "a quantised operand": (program(q_pe=tensor("T", "H", 64, dtype=FN)), "Rope 'q_rotated'", "it comes before Quantize"),
+    # Concat
+    "rows that differ": (changed(KV_ROW, b="q_rotated"), "Concat 'kv_row'", "differ in their rows"),
+    # Quantize
+    "to an integer": (changed(Q_OUT, dtype=I64), "Quantize 'q_out'", "not an output type"),
+    "to fp32": (changed(Q_OUT, dtype=FP32), "Quantize 'q_out'", "not an output type"),
+    "a scale for bf16": (changed(Q_OUT, dtype=BF16), "Quantize 'q_out'", "belongs to an fp8 result"),
+    "a limit for bf16": (changed(Q_OUT, dtype=BF16, scale=None, fp8_max=224.0), "Quantize 'q_out'", "belongs to an fp8 result"),
+    "a scale of a type": (program(q_scale=tensor(dtype=BF16)), "Quantize 'q_out'", "expected fp32[]"),
+    "a scale of a shape": (program(q_scale=tensor(1, dtype=FP32)), "Quantize 'q_out'", "expected fp32[]"),
+    "a limit beyond the format": (changed(Q_OUT, fp8_max=449.0), "Quantize 'q_out'", "outside (0, 448]"),
+    "a limit of zero": (changed(Q_OUT, fp8_max=0.0), "Quantize 'q_out'", "outside (0, 448]"),
+    "quantised twice": (
+        program([*KV_STAGES[:3], Quantize("again", "kv_entry", FN), dataclasses.replace(WRITE, x="again")], ["written"]),
+        "Quantize 'again'",
+        "comes before Quantize",
+    ),
+    # CacheWrite
+    "an entry too narrow": (program(kv_cache=tensor("N", 640, dtype=FN)), "CacheWrite 'written'", "does not fill"),
+    "rows of heads": (changed(WRITE, x="q_out"), "CacheWrite 'written'", "does not fill"),
+    "another flavour": (program(kv_cache=tensor("N", 576, dtype=DType.E4M3FNUZ)), "CacheWrite 'written'", "Quantize comes before"),
+    "slots of float": (program(slot_mapping=tensor("T", dtype=FP32)), "CacheWrite 'written'", "expected int32[T] or int64[T]"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "stage", "reason"), REJECTED.values(), ids=[name.replace(" ", "-") for name in REJECTED])
+def test_verify_names_stage_and_reason(wrong, stage, reason):
+    with pytest.raises(ProgramError) as caught:
+        wrong.verify()
+    message = str(caught.value)
+    assert message.startswith(stage or "program 'test'"), message
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_an_input_declared_twice():
+    twice = dataclasses.replace(program(), inputs=(*program().inputs, ("q_pe", INPUTS["q_pe"])))
+    with pytest.raises(ProgramError, match="'q_pe' is declared twice"):
+        twice.verify()
+
+
+def test_a_symbol_as_last_dimension():
+    with pytest.raises(ProgramError, match="the last dimension must be a number"):
+        program(q_pe=tensor("T", "H", "R")).verify()
+
+
+# Well-typed, but not what one launch can do.
+NOT_LOWERED = {
+    "a cache of computed rows": (
+        program([CacheWrite("written", "kv_c", "kv_cache", "slot_mapping")], ["written"], kv_cache=tensor("N", 512)),
+        "must come from Quantize",
+    ),
+    "a result in between": (program([ABSORB], ["ql_nope"]), "neither a quantised"),
+    "an entry as result": (program(KV_STAGES[:3], ["kv_entry"]), "neither a quantised"),
+    "two RoPE styles": (changed(K_ROPE, style="neox"), "it mixes RoPE styles: gptj, neox"),
+    "two queries": (program([*Q_STAGES, dataclasses.replace(Q_OUT, output="again")], ["q_out", "again"]), "one q and one cache"),
+    "two model types": (program(kv_c=tensor("T", 512, dtype=FP16)), "it mixes model types"),
+    "rope of rope": (
+        program([ABSORB, Q_ROPE, Rope("turned", "q_rotated", "cos_sin_cache", "positions", "gptj", FP32),
+                 dataclasses.replace(Q_ROW, b="turned"), Q_OUT], ["q_out"]),
+        "passes through two",
+    ),
+    "three parts": (
+        program([ABSORB, Q_ROPE, Q_ROW, Concat("longer", "q_row", "q_pe"), dataclasses.replace(Q_OUT, x="longer")], ["q_out"]),
+        "only an input, QAbsorb or Rope can feed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "reason"), NOT_LOWERED.values(), ids=[name.replace(" ", "-") for name in NOT_LOWERED])
+def test_lowering_refuses_what_one_launch_cannot_do(wrong, reason):
+    wrong.verify()
+    with pytest.raises(ProgramError) as caught:
+        lower(wrong)
+    assert reason in str(caught.value)
+
+
+SUBSETS = {
+    "whole": (program(), ["rotate_k_pe", "rotate_q_pe", "copy_kv_c", "absorb_q_nope"]),
+    "q only": (program(Q_STAGES, ["q_out"]), ["rotate_q_pe", "absorb_q_nope"]),
+    "kv only": (program(KV_STAGES, ["written"]), ["rotate_k_pe", "copy_kv_c"]),
+    "absorb only": (
+        program([ABSORB, Quantize("q_out", "ql_nope", BF16)], ["q_out"]),
+        ["absorb_q_nope"],
+    ),
+    "kv_c only": (
+        program([Quantize("kv_entry", "kv_c", FN), WRITE], ["written"], kv_cache=tensor("N", 512, dtype=FN)),
+        ["copy_kv_c"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("sound", "segments"), SUBSETS.values(), ids=[name.replace(" ", "-") for name in SUBSETS])
+def test_subsets_lower_to_segments(sound, segments):
+    """The longest chain of dependent loads starts first, the absorb comes last."""
+    assert [segment.name for segment in lower(sound).segments] == segments
+
+
+def test_segments_know_their_columns():
+    lowered = lower(program())
+    places = {segment.name: (segment.sink.tensor, segment.column, segment.width) for segment in lowered.segments}
+    assert places == {
+        "rotate_k_pe": ("kv_cache", 512, 64),
+        "rotate_q_pe": ("q_out", 512, 64),
+        "copy_kv_c": ("kv_cache", 0, 512),
+        "absorb_q_nope": ("q_out", 0, 512),
+    }
+    assert lowered.model_dtype is BF16
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_the_program_of_a_spec_is_the_one_above(arch):
+    """What PrologueSpec builds has the types that the design names."""
+    target = find_target(arch)
+    spec = PrologueSpec(heads=16, nope_dim=128, lora_rank=512, rope_dim=64, rope_style="gptj")
+    types = spec.program(target).verify()
+    assert types["q_out"] == TensorType(("T", "H", 576), target.fp8)
+    assert types["kv_cache"] == TensorType(("N", 576), target.fp8)
+    assert [type(stage) for stage in spec.program(target).stages] == [type(stage) for stage in Q_STAGES + KV_STAGES]

@@ -1,0 +1,172 @@
+"""The oracle against values worked out by hand, and its bounds against what it must allow and what it must not."""
+
+import math
+
+import pytest
+import torch
+
+from mlagen.dtypes import DType
+from mlagen.ir import Concat, Program, QAbsorb, Quantize, Rope, TensorType
+from mlagen.reference import Bounded, evaluate, saturating_fp8
+from mlagen.spec import PrologueSpec
+from mlagen.target import find_target
+
+BF16, FP16, FP32, FN, FNUZ = DType.BF16, DType.FP16, DType.FP32, DType.E4M3FN, DType.E4M3FNUZ
+
+
+def value(stage, **inputs: torch.Tensor | None) -> Bounded:
+    """What the oracle says of one stage."""
+    return evaluate(Program("test", (), (stage,), (stage.output,)), inputs)[stage.output]
+
+
+def rope(x: list[float], table: list[list[float]], position: int, style: str, dtype: DType = FP32) -> list[float]:
+    rows = torch.tensor([x])
+    stage = Rope("y", "x", "table", "positions", style, dtype)
+    return value(stage, x=rows, table=torch.tensor(table), positions=torch.tensor([position])).exact[0].tolist()
+
+
+def test_absorb_is_a_product_for_each_head():
+    q = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # [T=1, H=2, P=2]
+    w = torch.tensor([[[1.0, 0.0, 2.0], [0.0, 1.0, 3.0]], [[5.0, 0.0, 0.0], [0.0, 0.0, 7.0]]])  # [H, P, L=3]
+    got = value(QAbsorb("y", "q", "w", FP32), q=q, w=w)
+    assert got.exact.tolist() == [[[1.0, 2.0, 8.0], [15.0, 0.0, 28.0]]]
+
+
+def test_gptj_rotates_neighbours_and_neox_halves():
+    table = [[9.0, 9.0, 9.0, 9.0], [0.0, 1.0, 1.0, 0.0]]  # position 1: cos 0, 1 and sin 1, 0: a quarter turn, and none
+    assert rope([1.0, 2.0, 3.0, 4.0], table, 1, "gptj") == [-2.0, 1.0, 3.0, 4.0]
+    assert rope([1.0, 2.0, 3.0, 4.0], table, 1, "neox") == [-3.0, 2.0, 1.0, 4.0]
+
+
+def test_rope_turns_by_the_angle():
+    angle = 0.3
+    table = [[math.cos(angle), math.sin(angle)]]
+    x, y = rope([math.cos(1.0), math.sin(1.0)], table, 0, "gptj")
+    assert (x, y) == pytest.approx((math.cos(1.3), math.sin(1.3)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("position", "row"), [(-1, 0), (-(2**62), 0), (0, 0), (1, 1), (2, 1), (2**62, 1)])
+def test_positions_are_clamped(position, row):
+    assert rope([1.0, 0.0], [[10.0, 0.0], [11.0, 0.0]], position, "neox") == [10.0 + row, 0.0]
+
+
+def test_rope_of_heads_shares_the_position_of_the_token():
+    x = torch.tensor([[[1.0, 0.0], [2.0, 0.0]], [[3.0, 0.0], [4.0, 0.0]]])  # [T=2, H=2, R=2]
+    table = torch.tensor([[10.0, 0.0], [100.0, 0.0]])
+    got = value(Rope("y", "x", "table", "positions", "gptj", FP32), x=x, table=table, positions=torch.tensor([1, 0]))
+    assert got.exact[..., 0].tolist() == [[100.0, 200.0], [30.0, 40.0]]
+
+
+def test_concat_joins_columns():
+    got = value(Concat("y", "a", "b"), a=torch.ones(2, 3), b=torch.zeros(2, 1))
+    assert got.exact.tolist() == [[1.0, 1.0, 1.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(FN, 448.0), (FNUZ, 240.0)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_fp8_saturates_and_keeps_nan(dtype, limit, sign):
+    x = torch.tensor([limit, limit + 1, 1e30, math.inf, 100.0]) * sign
+    assert saturating_fp8(x, dtype).double().tolist() == [sign * each for each in (limit, limit, limit, limit, 104.0 - 8.0)]
+    assert saturating_fp8(x, dtype, 96.0).double().tolist() == [sign * 96.0] * 5
+    assert saturating_fp8(torch.tensor([math.nan]), dtype).double().isnan().all()
+
+
+def test_quantize_multiplies_by_the_rounded_reciprocal():
+    """Next to the midpoints of two codes x * (1 / scale) and x / scale round differently for some x."""
+    scale = torch.tensor(0.0213)
+    codes = torch.arange(0x7F).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    midpoints = (codes[1:] + codes[:-1]) / 2 * scale
+    x = (midpoints.view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)).view(torch.float32).reshape(-1)
+    product, quotient = (each.to(torch.float8_e4m3fn).float() for each in (x * (1 / scale), x / scale))
+    assert (product != quotient).any(), "no value tells them apart"
+    got = value(Quantize("y", "x", FN, "scale"), x=x, scale=scale)
+    assert torch.equal(got.exact.float(), product)
+
+
+def test_no_scale_is_one():
+    x = torch.tensor([1.0, 3.3, -7.0])
+    for scale in (None, torch.tensor(1.0), torch.tensor([1.0])):
+        got = value(Quantize("y", "x", FN, "scale"), x=x, scale=scale)
+        assert got.exact.float().tolist() == [1.0, 3.25, -7.0]
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [(BF16, 1.0078125), (FP16, 1.0048828125), (FP32, 1.005)])
+def test_stages_round_to_their_type(dtype, rounded):
+    x = torch.tensor([[1.005, 0.0]], dtype=torch.float64)
+    got = value(
+        Rope("y", "x", "table", "positions", "gptj", dtype), x=x, table=torch.tensor([[1.0, 0.0]]), positions=torch.tensor([0])
+    )
+    assert got.exact[0, 0] == rounded
+
+
+def test_certain_values_have_no_range():
+    """What no arithmetic touches before its conversion must come out exactly, ties included."""
+    x = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
+    for scale in (None, torch.tensor(0.037)):
+        got = value(Quantize("y", "x", FN, "scale"), x=x, scale=scale)
+        for end in (got.low, got.high):
+            assert torch.equal(end.view(torch.uint8), got.exact.view(torch.uint8))
+
+
+@pytest.mark.parametrize("rounding", ["fused", "stepwise"])
+def test_the_range_holds_any_order_of_summation(rounding):
+    """Sums in fp32, forwards, backwards and shuffled: inside, and the range is a few codes wide at most."""
+    generator = torch.Generator().manual_seed(0)
+    spec = PrologueSpec(
+        heads=2, nope_dim=512, lora_rank=64, rope_dim=0, rope_style="none", q_dtype="bf16", kv_dtype="bf16", rounding=rounding
+    )
+    inputs = {
+        "q_nope": torch.randn(3, 2, 512, generator=generator).bfloat16(),
+        "w_uk": torch.randn(2, 512, 64, generator=generator).bfloat16(),
+        "kv_c": torch.zeros(3, 64).bfloat16(),
+    }
+    got = evaluate(spec.program(find_target("gfx942")), inputs)["q_out"]
+    for order in (torch.arange(512), torch.arange(511, -1, -1), torch.randperm(512, generator=generator)):
+        total = torch.zeros(3, 2, 64)
+        for p in order.tolist():
+            total += inputs["q_nope"][:, :, p, None].float() * inputs["w_uk"][None, :, p].float()
+        assert ((got.low <= total.bfloat16()) & (total.bfloat16() <= got.high)).all()
+    exact = torch.einsum("thp,hpl->thl", inputs["q_nope"].double(), inputs["w_uk"].double())
+    assert torch.equal(got.exact, exact.float().bfloat16())
+    large = exact.abs() > 16
+    assert large.any()
+    assert (((got.high.double() - got.low.double()) / exact.abs())[large] <= 2.0**-6).all()
+
+
+@pytest.mark.parametrize(("rope_dim", "rope_style"), [(0, "none"), (2, "none"), (2, "gptj"), (2, "neox")])
+@pytest.mark.parametrize("kv_dtype", ["fp8", "bf16"])
+def test_infinities_are_explained(rope_dim, rope_style, kv_dtype):
+    """They saturate in fp8 and stay in bf16, and the range is that value alone."""
+    spec = PrologueSpec(
+        heads=1, nope_dim=16, lora_rank=16, rope_dim=rope_dim, rope_style=rope_style, kv_dtype=kv_dtype, q_dtype="bf16",
+        weight="none",
+    )  # fmt: skip
+    latent = torch.zeros(1, 16, dtype=torch.bfloat16)
+    latent[0, :3] = torch.tensor([math.inf, -math.inf, math.nan])
+    pe = torch.tensor([[math.inf, 1.0]])[:, :rope_dim].bfloat16()
+    inputs = {
+        "q_nope": latent.unsqueeze(1),
+        "q_pe": pe.unsqueeze(1),
+        "kv_c": latent,
+        "k_pe": pe,
+        "cos_sin_cache": torch.ones(1, rope_dim, dtype=torch.bfloat16),
+        "positions": torch.zeros(1, dtype=torch.int64),
+    }
+    got = evaluate(spec.program(find_target("gfx950")), inputs)
+    for name, largest in (("kv_entry", 448.0 if kv_dtype == "fp8" else math.inf), ("q_out", math.inf)):
+        for end in (got[name].low, got[name].exact, got[name].high):
+            row = end.double().reshape(-1)
+            assert row[:2].tolist() == [largest, -largest]
+            assert row[2].isnan()
+            assert row[16:].tolist() == ([largest, 1.0 if rope_style == "none" else largest] if rope_dim else [])
+
+
+def test_the_inputs_types_are_those_of_the_program():
+    """A program's CacheWrite is the row that it writes: the oracle needs no cache."""
+    spec = PrologueSpec(heads=1, nope_dim=16, lora_rank=16, rope_dim=0, rope_style="none", weight="none")
+    program = spec.program(find_target("gfx942"))
+    assert TensorType(("N", 16), FNUZ) in dict(program.inputs).values()
+    inputs = {"q_nope": torch.ones(2, 1, 16).bfloat16(), "kv_c": torch.full((2, 16), 3.0).bfloat16(), "q_scale": None}
+    values = evaluate(program, inputs)
+    assert values["kv_cache_written"] is values["kv_entry"]
+    assert values["kv_entry"].exact.float().tolist() == [[3.0] * 16] * 2

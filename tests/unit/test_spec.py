@@ -1,0 +1,233 @@
+"""PrologueSpec: what it accepts, the one line with which it refuses, and the program that it builds."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlagen.codegen import generate, kernel_name
+from mlagen.dtypes import DType
+from mlagen.errors import ModelError, SpecError
+from mlagen.ir import Quantize
+from mlagen.spec import MAX_HEADS, MAX_LORA_RANK, MAX_NOPE_DIM, MAX_ROPE_DIM, PrologueSpec
+from mlagen.target import TARGETS, find_target
+
+GOOD = {"heads": 16, "nope_dim": 128, "lora_rank": 512, "rope_dim": 64, "rope_style": "gptj"}
+
+
+def spec(**changes: Any) -> PrologueSpec:
+    return PrologueSpec(**{**GOOD, **changes})
+
+
+def test_what_is_filled_in():
+    bf16, fp16 = spec(), spec(dtype="fp16")
+    assert (bf16.weight, bf16.q_dtype, bf16.kv_dtype, bf16.rounding, bf16.fp8_max) == ("bf16", "fp8", "fp8", "fused", None)
+    assert fp16.weight == "fp16"
+    assert (bf16.q_nope_dim, bf16.entry_dim) == (128, 576)
+    assert spec(weight="none").q_nope_dim == 512
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads": 1},
+        {"heads": MAX_HEADS},
+        {"nope_dim": 16},
+        {"nope_dim": MAX_NOPE_DIM},
+        {"lora_rank": 16},
+        {"lora_rank": MAX_LORA_RANK},
+        {"rope_dim": 2},
+        {"rope_dim": MAX_ROPE_DIM},
+        {"rope_dim": 0, "rope_style": "none"},
+        {"rope_style": "none"},
+        {"q_dtype": "bf16", "kv_dtype": "bf16"},
+        {"fp8_max": 224},
+        {"fp8_max": 0.5, "kv_dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_the_limits_are_inside(changes):
+    """Every extreme that a spec takes has kernels."""
+    for target in TARGETS.values():
+        assert generate(spec(**changes), target).source
+
+
+# The field that the message must begin with, and a word of what it may be.
+REFUSED = [
+    ({"heads": 0}, "heads=0", "from 1"),
+    ({"heads": -3}, "heads=-3", "from 1"),
+    ({"heads": MAX_HEADS + 1}, "heads=", str(MAX_HEADS)),
+    ({"heads": 2.0}, "heads=2.0", "integer"),
+    ({"heads": True}, "heads=True", "integer"),
+    ({"heads": "16"}, "heads='16'", "integer"),
+    ({"heads": None}, "heads=None", "integer"),
+    ({"nope_dim": 0}, "nope_dim=0", "multiple of 16"),
+    ({"nope_dim": 120}, "nope_dim=120", "multiple of 16"),
+    ({"nope_dim": MAX_NOPE_DIM + 16}, "nope_dim=", str(MAX_NOPE_DIM)),
+    ({"lora_rank": 500}, "lora_rank=500", "multiple of 16"),
+    ({"lora_rank": MAX_LORA_RANK + 16}, "lora_rank=", str(MAX_LORA_RANK)),
+    ({"rope_dim": 63}, "rope_dim=63", "multiple of 2"),
+    ({"rope_dim": -2}, "rope_dim=-2", "from 0"),
+    ({"rope_dim": MAX_ROPE_DIM + 2}, "rope_dim=", str(MAX_ROPE_DIM)),
+    ({"rope_dim": 0}, "rope_style='gptj'", "rope_style='none'"),
+    ({"rope_style": "yarn"}, "rope_style='yarn'", "none, gptj, neox"),
+    ({"rope_style": None}, "rope_style=None", "none, gptj, neox"),
+    ({"dtype": "fp32"}, "dtype='fp32'", "bf16, fp16"),
+    ({"dtype": "fp8"}, "dtype='fp8'", "bf16, fp16"),
+    ({"weight": "fp16"}, "weight='fp16'", "bf16, none for a bf16 model"),
+    ({"weight": "int4"}, "weight='int4'", "bf16, none"),
+    ({"q_dtype": "fp16"}, "q_dtype='fp16'", "fp8, bf16 for a bf16 model"),
+    ({"kv_dtype": "e5m2"}, "kv_dtype='e5m2'", "fp8, bf16"),
+    ({"dtype": "fp16", "kv_dtype": "bf16"}, "kv_dtype='bf16'", "fp8, fp16 for a fp16 model"),
+    ({"rounding": "exact"}, "rounding='exact'", "fused, stepwise"),
+    ({"fp8_max": 0}, "fp8_max=0", "positive"),
+    ({"fp8_max": -1.0}, "fp8_max=-1.0", "positive"),
+    ({"fp8_max": 449}, "fp8_max=449", "448"),
+    ({"fp8_max": float("nan")}, "fp8_max=nan", "positive"),
+    ({"fp8_max": float("inf")}, "fp8_max=inf", "448"),
+    ({"fp8_max": True}, "fp8_max=True", "number"),
+    ({"fp8_max": "224"}, "fp8_max='224'", "number"),
+    ({"fp8_max": 224, "q_dtype": "bf16", "kv_dtype": "bf16"}, "fp8_max=224", "without an fp8 output"),
+]
+
+
+@pytest.mark.parametrize(("changes", "start", "word"), REFUSED, ids=[str(changes) for changes, _, _ in REFUSED])
+def test_a_wrong_field_is_refused_by_name(changes, start, word):
+    with pytest.raises(SpecError) as caught:
+        spec(**changes)
+    message = str(caught.value)
+    assert message.startswith(start), message
+    assert word in message
+    assert "\n" not in message
+    assert caught.value.exit_status == 2
+
+
+# Hypothesis reaches combinations that the table does not have.
+ANYTHING = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2))
+
+
+def field(*likely: Any) -> st.SearchStrategy[Any]:
+    """Mostly one of `likely`, sometimes anything."""
+    return st.sampled_from(likely) | st.sampled_from(likely) | ANYTHING
+
+
+@given(
+    heads=field(1, 16, 128),
+    nope_dim=field(16, 48, 128),
+    lora_rank=field(16, 80, 512),
+    rope_dim=field(0, 6, 64),
+    rope_style=field("none", "gptj", "neox"),
+    dtype=field("bf16", "fp16"),
+    weight=field(None, "none", "bf16"),
+    q_dtype=field("fp8", "bf16", "fp16"),
+    kv_dtype=field("fp8", "bf16", "fp16"),
+    rounding=field("fused", "stepwise"),
+    fp8_max=field(None, 224, 240.0, 448),
+    arch=st.sampled_from(list(TARGETS)),
+)
+def test_anything_is_a_kernel_or_a_spec_error(arch, **fields):
+    try:
+        generated = generate(PrologueSpec(**fields), find_target(arch))
+    except SpecError as error:
+        message = str(error)
+    else:
+        message = generated.name
+        assert message in generated.source
+    assert message
+    assert "\n" not in message
+
+
+def test_a_limit_that_only_one_flavour_has():
+    assert spec(fp8_max=288).program(find_target("gfx950"))
+    with pytest.raises(SpecError, match="fp8_max=288: gfx942's fp8_e4m3fnuz ends at 240"):
+        spec(fp8_max=288).program(find_target("gfx942"))
+
+
+def test_from_model():
+    assert PrologueSpec.from_model("deepseek-r1", tp=8) == spec()
+    options = {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rounding": "stepwise"}
+    assert PrologueSpec.from_model("deepseek-r1", tp=8, **options) == spec(**options)
+    with pytest.raises(ModelError, match="tp"):
+        PrologueSpec.from_model("deepseek-r1", tp=7)
+
+
+def test_a_spec_is_a_value():
+    assert spec() == spec(weight="bf16")
+    assert hash(spec(fp8_max=224)) == hash(spec(fp8_max=224.0))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec().heads = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("rounding", "carried"), [("fused", DType.FP32), ("stepwise", DType.BF16)])
+def test_rounding_is_in_the_types(rounding, carried):
+    types = spec(rounding=rounding).program(find_target("gfx942")).verify()
+    assert {types[name].dtype for name in ("ql_nope", "q_pe_rotated", "k_pe_rotated")} == {carried}
+
+
+@pytest.mark.parametrize("arch", list(TARGETS))
+def test_fp8_is_the_flavour_of_the_arch(arch):
+    target = find_target(arch)
+    stages = {stage.output: stage for stage in spec(kv_dtype="bf16").program(target).stages if isinstance(stage, Quantize)}
+    assert (stages["q_out"].dtype, stages["q_out"].scale) == (target.fp8, "q_scale")
+    assert (stages["kv_entry"].dtype, stages["kv_entry"].scale) == (DType.BF16, None)
+
+
+def test_without_rope_nothing_of_it_is_left():
+    program = spec(rope_dim=0, rope_style="none").program(find_target("gfx942"))
+    assert not {"positions", "cos_sin_cache", "q_pe", "k_pe"} & set(dict(program.inputs))
+    carried = spec(rope_style="none").program(find_target("gfx942"))
+    assert {"q_pe", "k_pe"} <= set(dict(carried.inputs))
+    assert not {"positions", "cos_sin_cache"} & set(dict(carried.inputs))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nope_dim": 64},
+        {"lora_rank": 256},
+        {"rope_dim": 32},
+        {"rope_style": "neox"},
+        {"rope_style": "none"},
+        {"dtype": "fp16"},
+        {"weight": "none"},
+        {"q_dtype": "bf16"},
+        {"kv_dtype": "bf16"},
+        {"rounding": "stepwise"},
+        {"fp8_max": 224.0},
+        {"fp8_max": 0.5},
+    ],
+    ids=str,
+)
+def test_kernels_that_differ_have_names_that_differ(changes):
+    """Each field moves the name and, apart from the name, the source; the arch does too."""
+    for target in TARGETS.values():
+        plain, other = (generate(each, target) for each in (spec(), spec(**changes)))
+        assert plain.name != other.name
+        assert plain.source.replace(plain.name, "") != other.source.replace(other.name, "")
+    assert len({kernel_name(spec(**changes), target) for target in TARGETS.values()}) == len(TARGETS)
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.30000001, 447.99999, 1e-5, 1e-30, 1e-320, 5e-324])
+def test_a_limit_of_many_digits(limit):
+    """It is refused, or has a kernel whose name is a C++ name and no other kernel's."""
+    target = find_target("gfx950")
+    names = {kernel_name(spec(fp8_max=each), target) for each in (0.25, 448.0)}
+    try:
+        generated = generate(spec(fp8_max=limit), target)
+        shorter = generate(spec(fp8_max=float(f"{limit:g}")), target)
+    except SpecError:
+        return
+    assert generated.name.isidentifier()
+    assert generated.name not in names
+    assert (generated.name == shorter.name) == (generated.source == shorter.source)
+
+
+def test_kernels_that_coincide_share_a_name():
+    target = find_target("gfx942")
+    for changes in ({"heads": 3}, {"fp8_max": 240.0}):
+        plain, other = (generate(each, target) for each in (spec(), spec(**changes)))
+        assert plain.name == other.name
+    absorbed = [generate(spec(weight="none", nope_dim=width), target) for width in (64, 128)]
+    assert absorbed[0].source == absorbed[1].source
