@@ -1,0 +1,139 @@
+"""The same kernel twice, behind the same arguments: run by the host, and as machine code by the emulator."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from helpers import Launch, Workload, make_launch, output_bytes
+from isa.emulator import Emulator, Span, WaveTrace
+
+from mlagen import codegen, runtime, schedule, toolchain
+from mlagen.drivers.host import HostModule
+from mlagen.lowering import lower
+from mlagen.spec import PrologueSpec
+from mlagen.target import TARGETS
+from mlagen.verify import compare_case, describe
+
+ARCHS = ("gfx942", "gfx950")
+
+
+@functools.cache
+def emulator(arch: str) -> Emulator:
+    return Emulator(arch)
+
+
+class EmulatedModule:
+    """Stands where a driver's module stands.  `memory` is what the next launch may use, `traces` what the last one did."""
+
+    def __init__(self, generated: codegen.GeneratedKernel) -> None:
+        device = toolchain.compile_device(generated.source, generated.arch, name=generated.name)
+        self.assembly = device.assembly
+        self.kernel = emulator(generated.arch).load(device.binary, generated.name)
+        self.memory: Sequence[Span] = ()
+        self.preload = True
+        self.traces: list[WaveTrace] = []
+
+    def launch(self, grid: int, block: int, arguments: bytes) -> None:
+        self.traces = self.kernel.launch(grid, block, arguments, self.memory, preload=self.preload)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One kernel on both machines; `module` is the device's."""
+
+    generated: codegen.GeneratedKernel
+    host: runtime.Kernel
+    device: runtime.Kernel
+    module: EmulatedModule
+
+    def plan(self, tokens: int) -> schedule.Launch:
+        return self.generated.schedule.launch(self.generated.lowered.segments, tokens, self.host.spec.heads)
+
+
+@functools.cache
+def build(spec: PrologueSpec, arch: str, *, waves_per_workgroup: int = 1, compute_units: int | None = None) -> Pair:
+    """Both kernels of `spec`; fewer `compute_units` than the arch has make a workgroup take more token tiles."""
+    target = TARGETS[arch]
+    program = spec.program(target)
+    lowered = lower(program)
+    chosen = schedule.choose_schedule(lowered, target, waves_per_workgroup=waves_per_workgroup)
+    if compute_units:
+        chosen = replace(chosen, compute_units=compute_units)
+    generated = codegen.render(codegen.kernel_name(spec, target), program, lowered, chosen, target)
+    module: Any = EmulatedModule(generated)
+    kinds = [argument.kind for argument in generated.arguments]
+    host = HostModule(toolchain.compile_host(generated.host_source, name=generated.name), kinds)
+    on_host, on_device = (runtime.Kernel(spec, target, torch.device("cpu"), generated, each) for each in (host, module))
+    return Pair(generated, on_host, on_device, module)
+
+
+def run_on_device(pair: Pair, launch: Launch, *, preload: bool = True) -> list[WaveTrace]:
+    """Run a launch in the emulator.  The machine code may read rows of inputs, write each byte of the outputs once, and no more."""
+    tensors = _tensors(launch.arguments)
+    written = [_whole(tensors.pop(name), "w") for name in ("out", "kv_cache")]
+    read = (*tensors.values(), pair.device.unit_scale)
+    pair.module.memory = [*itertools.chain.from_iterable(map(_rows, read)), *written]
+    pair.module.preload = preload
+    pair.device(**launch.arguments)
+    assert max(int(output.writes.max(initial=0)) for output in written) <= 1, "a byte of an output was written more than once"
+    return pair.module.traces
+
+
+def run_both(pair: Pair, on_device: Launch, on_host: Launch, *, preload: bool = True) -> list[WaveTrace]:
+    """Run two launches with equal inputs, one on each machine: they leave the same bytes, guards included.
+
+    A NaN need only be one on both: a compiler may turn a - b into a + -b, and with that the sign of a NaN.
+    """
+    traces = run_on_device(pair, on_device, preload=preload)
+    pair.host(**on_host.arguments)
+    differ = int((output_bytes(on_device) != output_bytes(on_host)).sum())
+    for name in ("q_out", "kv_cache"):
+        device, host = (getattr(launch.case, name).tensor for launch in (on_device, on_host))
+        both_nan = device.float().isnan() & host.float().isnan()
+        device, host = (bits(tensor)[both_nan].view(torch.uint8) for tensor in (device, host))
+        differ -= int((device != host).sum())
+    assert not differ, f"{differ} bytes differ from the host run"
+    return traces
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers."""
+    return tensor.view({1: torch.uint8, 2: torch.int16}[tensor.dtype.itemsize])
+
+
+def check(pair: Pair, workload: Workload, *, preload: bool = True) -> list[WaveTrace]:
+    """Run a workload on both machines: the same bytes, and nothing that the oracle does not explain."""
+    on_device, on_host = (make_launch(kernel, workload) for kernel in (pair.device, pair.host))
+    traces = run_both(pair, on_device, on_host, preload=preload)
+    compared = compare_case(pair.host.spec, pair.host.target, on_device.case)
+    failed = [describe(part) for part in compared if not part.passed]
+    assert not failed, failed
+    return traces
+
+
+def _tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors among a kernel's arguments, pairs taken apart."""
+    found = {}
+    for name, value in arguments.items():
+        for number, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            if part is not None:
+                found[f"{name}[{number}]" if isinstance(value, tuple) else name] = part
+    return found
+
+
+def _whole(tensor: torch.Tensor, mode: str) -> Span:
+    """All of a tensor's storage."""
+    storage = tensor.untyped_storage()
+    return Span(storage.data_ptr(), storage.nbytes(), mode)
+
+
+def _rows(tensor: torch.Tensor) -> Iterator[Span]:
+    """Each row of a tensor, or all of it where nothing lies between its rows."""
+    if tensor.is_contiguous():
+        yield Span(tensor.data_ptr(), tensor.nbytes, "r")
+    else:
+        for place in itertools.product(*map(range, tensor.shape[:-1])):
+            yield Span(tensor[place].data_ptr(), tensor[place].nbytes, "r")

@@ -1,0 +1,70 @@
+"""The machine code of whole kernels against the host run, byte for byte, and against the oracle."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from helpers import Workload
+from isa.machine import ARCHS, build, check
+
+from mlagen.spec import PrologueSpec
+
+pytestmark = [pytest.mark.isa, pytest.mark.compiler, pytest.mark.host]
+
+BASE = {"heads": 3, "nope_dim": 128, "lora_rank": 512, "rope_dim": 64, "rope_style": "gptj"}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is run: `spec` overrides fields of BASE, `build` the schedule's."""
+
+    name: str
+    spec: dict[str, Any]
+    workload: Workload
+    build: dict[str, int] = field(default_factory=dict)
+    preload: bool = True
+
+
+def work(tokens: int, **options: Any) -> Workload:
+    """Densely packed inputs, unless told otherwise."""
+    return Workload(tokens, **{"layout": "dense", "cache": "dense", **options})
+
+
+FP16, BF16_OUTPUTS = {"dtype": "fp16"}, {"q_dtype": "bf16", "kv_dtype": "bf16"}
+ODD = {"layout": "sliced", "cache": "padded"}
+INT32 = {"slots_dtype": torch.int32, "positions_dtype": torch.int32}
+
+SCENARIOS = (
+    Scenario("deepseek", {"heads": 16}, work(17)),
+    Scenario("without preloaded arguments", {}, work(5), preload=False),
+    Scenario("one token and head", {"heads": 1}, work(1)),
+    Scenario("stepwise", {"rounding": "stepwise"}, work(17, layout="transposed")),
+    Scenario("neox, bf16 q, stepwise", {"rope_style": "neox", "q_dtype": "bf16", "rounding": "stepwise"}, work(5)),
+    Scenario("no rotation, bf16 cache", {"rope_style": "none", "kv_dtype": "bf16"}, work(17, cache="interleaved")),
+    Scenario("bf16 outputs", BF16_OUTPUTS, work(5, positions="stale")),
+    Scenario("fp16, P=192", {**FP16, "nope_dim": 192, "rope_style": "neox"}, work(17)),
+    Scenario("fp16 outputs, stepwise", {**FP16, "q_dtype": "fp16", "kv_dtype": "fp16", "rounding": "stepwise"}, work(5)),
+    Scenario("R=0", {"heads": 1, "rope_dim": 0, "rope_style": "none"}, work(17)),
+    Scenario("R=10", {"rope_dim": 10, "rope_style": "neox"}, work(5, **ODD)),
+    Scenario("absorbed", {"heads": 16, "weight": "none"}, work(17, layout="joined")),
+    Scenario("absorbed, R=0", {"weight": "none", "rope_dim": 0, "rope_style": "none", **BF16_OUTPUTS}, work(5)),
+    Scenario("padded chunk, int32", {"nope_dim": 48, "lora_rank": 256}, work(17, table_dtype="fp32", **INT32)),
+    Scenario("no slots, stale positions", {}, work(17, slots="none", positions="stale", **INT32)),
+    Scenario("no scales, fp8_max", {"fp8_max": 224.0}, work(5, scales="none", table="pair")),
+    Scenario("odd strides", {"rounding": "stepwise"}, work(5, **ODD, table_dtype="fp32")),
+    Scenario("odd strides, bf16 outputs", {**BF16_OUTPUTS, "rope_style": "neox"}, work(5, **ODD)),
+    Scenario("NaN", {}, work(9, special=True)),
+    Scenario("NaN, neox, stepwise", {"rope_style": "neox", "rounding": "stepwise"}, work(17, special=True)),
+    Scenario("two waves for a workgroup", {"heads": 5}, work(17), build={"waves_per_workgroup": 2}),
+    Scenario("all tokens in one workgroup", {}, work(40), build={"compute_units": 1}),
+)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_machine_code_gives_the_bytes_of_the_host_run(scenario: Scenario, arch: str) -> None:
+    pair = build(PrologueSpec(**{**BASE, **scenario.spec}), arch, **scenario.build)
+    check(pair, scenario.workload, preload=scenario.preload)
+    if "compute_units" in scenario.build:
+        assert pair.plan(scenario.workload.tokens).token_tiles_per_workgroup > 1
