@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST = $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-isa lint clean distclean
+.PHONY: help venv demo test test-isa test-gpu lint clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-isa: venv ## run the machine code in tinygrad's emulator; TINYGRAD_ROOT nam
 	@[ -f "$$TINYGRAD_ROOT/test/mockgpu/amd/emu.py" ] || \
 	  { echo "make: no test/mockgpu/amd/emu.py in TINYGRAD_ROOT='$$TINYGRAD_ROOT'; name a tinygrad source checkout" >&2; exit 1; }
 	$(PYTEST) tests/isa
+
+test-gpu: venv ## run every device test on the GPU that torch sees
+	$(BIN)/python -m pytest tests/gpu
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
