@@ -32,6 +32,10 @@
 
 // AMD CDNA: what the kernel needs of the hardware, without any header.
 
+#if defined(__HIP_DEVICE_COMPILE__) && !defined(__gfx950__)
+#error "this kernel is for gfx950: its fp8 flavour and its matrix instructions are that architecture's own"
+#endif
+
 #pragma clang fp contract(off)
 
 #if !defined(__global__)

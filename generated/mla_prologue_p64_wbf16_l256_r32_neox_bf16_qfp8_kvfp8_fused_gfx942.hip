@@ -34,6 +34,10 @@
 
 // AMD CDNA: what the kernel needs of the hardware, without any header.
 
+#if defined(__HIP_DEVICE_COMPILE__) && !defined(__gfx942__)
+#error "this kernel is for gfx942: its fp8 flavour and its matrix instructions are that architecture's own"
+#endif
+
 #pragma clang fp contract(off)
 
 #if !defined(__global__)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from cli.command import ROOT, Result, run
 
-from mlagen.toolchain import compiler_identity
+from mlagen.errors import BuildError
+from mlagen.toolchain import compile_device, compiler_identity
 
 GENERATED = ROOT / "generated"
 SOURCES = sorted(GENERATED.glob("*.hip"))
@@ -201,3 +202,12 @@ def test_the_host_pass_accepts_a_source(source, tmp_path):
         command = [sys.executable, "-m", "ziglang", "clang", *flags, *header, str(source)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.compiler
+@each_source
+def test_a_source_refuses_the_other_arch(source):
+    """The same fp8 bytes mean other values there."""
+    other = {"gfx942": "gfx950", "gfx950": "gfx942"}[source.stem.rsplit("_", 1)[1]]
+    with pytest.raises(BuildError, match="its fp8 flavour and its matrix instructions are that architecture's own"):
+        compile_device(source.read_text(encoding="utf-8"), other, name=source.stem)

@@ -1,5 +1,9 @@
 // AMD CDNA: what the kernel needs of the hardware, without any header.
 
+#if defined(__HIP_DEVICE_COMPILE__) && !defined(__${target.arch}__)
+#error "this kernel is for ${target.arch}: its fp8 flavour and its matrix instructions are that architecture's own"
+#endif
+
 #pragma clang fp contract(off)
 
 #if !defined(__global__)

@@ -1,5 +1,9 @@
 // NVIDIA: HIP's other platform.  What the kernel needs of the hardware, without any header.
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "this kernel is for ${target.arch}: its conversions are not there before"
+#endif
+
 #define MLAGEN_DEVICE [[maybe_unused]] static __device__ __forceinline__
 #define MLAGEN_SHARED __shared__
 #define MLAGEN_KERNEL(threads) __global__ __launch_bounds__(threads)
