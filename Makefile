@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST = $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-isa test-gpu lint clean distclean
+.PHONY: help venv demo test test-isa test-gpu bench-runtime lint clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test-isa: venv ## run the machine code in tinygrad's emulator; TINYGRAD_ROOT nam
 
 test-gpu: venv ## run every device test on the GPU that torch sees
 	$(BIN)/python -m pytest tests/gpu
+
+bench-runtime: venv ## time compiling, loading, calling and replaying
+	$(BIN)/python benchmarks/runtime.py
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
