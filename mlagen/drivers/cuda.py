@@ -1,16 +1,14 @@
 """The CUDA driver: a cubin, launched through cuda-bindings on the caller's stream."""
 
-import ctypes
-import threading
 from typing import Any
 
 import torch
 from cuda.bindings import driver as cuda
 
+from mlagen.drivers.packed import ArgumentList
 from mlagen.errors import MlagenError
 
-# Keys of cuLaunchKernel's `extra` list (cuda.h): a buffer with all arguments, its size, the end of the list.
-_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0
+_LIST_END = 0  # CU_LAUNCH_PARAM_END of cuda.h
 
 
 class CudaModule:
@@ -23,7 +21,7 @@ class CudaModule:
             self._module = _check(cuda.cuModuleLoadData(binary), "cuModuleLoadData")
             self._function = _check(cuda.cuModuleGetFunction(self._module, kernel.encode()), "cuModuleGetFunction")
         self._device_index = device_index
-        self._launch_buffers = threading.local()
+        self._arguments = ArgumentList(_LIST_END, int)
 
     def attribute(self, name: str) -> int:
         """A function attribute such as "NUM_REGS" or "LOCAL_SIZE_BYTES"."""
@@ -43,24 +41,10 @@ class CudaModule:
 
     def _launch(self, grid: int, block: int, arguments: bytes) -> None:
         stream = torch.cuda.current_stream(self._device_index).cuda_stream
-        extra = self._extra(arguments)
+        extra = self._arguments.filled(arguments)
         (status,) = cuda.cuLaunchKernel(self._function, grid, 1, 1, block, 1, 1, 0, stream, 0, extra)
         if status != cuda.CUresult.CUDA_SUCCESS:
             raise MlagenError(f"cuLaunchKernel: {_name(status)}, grid {grid}, block {block}")
-
-    def _extra(self, arguments: bytes) -> int:
-        """Address of the `extra` list for an argument block; its memory belongs to this thread and is used again."""
-        local = self._launch_buffers
-        buffer = getattr(local, "buffer", None)
-        if buffer is None:
-            local.buffer = buffer = ctypes.create_string_buffer(len(arguments))
-            local.size = ctypes.c_size_t(len(arguments))
-            local.extra = (ctypes.c_void_p * 5)(
-                _BUFFER_POINTER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(local.size), _END
-            )
-            local.address = ctypes.addressof(local.extra)
-        buffer.raw = arguments
-        return int(local.address)
 
 
 def _check(result: tuple[Any, ...], call: str) -> Any:

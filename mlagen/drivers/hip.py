@@ -5,7 +5,6 @@ one runtime mean nothing to another, so hip-python is made to open the file that
 """
 
 import contextlib
-import ctypes
 import importlib
 import os
 import threading
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 
+from mlagen.drivers.packed import ArgumentList
 from mlagen.errors import MlagenError
 
-# Keys of hipModuleLaunchKernel's `extra` list (hip_runtime_api.h): a buffer with all arguments, its size, the end of the list.
-_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 3
+_LIST_END = 3  # HIP_LAUNCH_PARAM_END of hip_runtime_api.h
 
 _opening = threading.Lock()
 _bindings: Any = None
@@ -42,8 +41,8 @@ class HipModule:
                 hip.hipModuleUnload(self._module)
                 raise
         self._launch_kernel = hip.hipModuleLaunchKernel
-        self._wrap_extra, self._no_parameters = _launch_types(hip)
-        self._launch_buffers = threading.local()
+        wrap, self._no_parameters = _launch_types(hip)
+        self._arguments = ArgumentList(_LIST_END, wrap)
 
     def attribute(self, name: str) -> int:
         """A function attribute such as "NUM_REGS" or "LOCAL_SIZE_BYTES"."""
@@ -64,27 +63,13 @@ class HipModule:
 
     def _launch(self, grid: int, block: int, arguments: bytes) -> None:
         stream = torch.cuda.current_stream(self._device_index).cuda_stream
-        extra = self._extra(arguments)
+        extra = self._arguments.filled(arguments)
         try:
             (status,) = self._launch_kernel(self._function, grid, 1, 1, block, 1, 1, 0, stream, self._no_parameters, extra)
         except ValueError as error:  # from hip-python, for a code that it does not know
             raise MlagenError(f"hipModuleLaunchKernel: {error}, grid {grid}, block {block}") from None
         if status:
             raise MlagenError(f"hipModuleLaunchKernel: {_name(self._hip, status)}, grid {grid}, block {block}")
-
-    def _extra(self, arguments: bytes) -> Any:
-        """The `extra` list for an argument block; its memory belongs to this thread and is used again."""
-        local = self._launch_buffers
-        buffer = getattr(local, "buffer", None)
-        if buffer is None:
-            local.buffer = buffer = ctypes.create_string_buffer(len(arguments))
-            local.size = ctypes.c_size_t(len(arguments))
-            local.list = (ctypes.c_void_p * 5)(
-                _BUFFER_POINTER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(local.size), _END
-            )
-            local.extra = self._wrap_extra(ctypes.addressof(local.list))
-        buffer.raw = arguments
-        return local.extra
 
     def _call(self, function: Callable[..., Any], *arguments: Any, context: str = "") -> Any:
         """What a function of hip-python returns after its status."""
