@@ -113,16 +113,14 @@ class Checker:
         whole = self.tensor("q", q, (None, spec.heads, spec.q_nope_dim + spec.rope_dim), (self.model,))
         return whole[..., : spec.q_nope_dim], whole[..., spec.q_nope_dim :]
 
-    def rotary(self, cos_sin_cache: object) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [max_position, R/2] from the joined cache or from a pair."""
+    def rotary(self, cos_sin_cache: object) -> tuple[torch.Tensor, ...]:
+        """The joined table [max_position, R] alone, or the pair cos, sin [max_position, R/2]."""
         half = self.spec.rope_dim // 2
         dtypes = (self.model, torch.float32)
         if isinstance(cos_sin_cache, tuple):
             cos = self.tensor("cos_sin_cache[0] (cos)", cos_sin_cache[0], (">=1", half), dtypes)
-            sin = self.tensor("cos_sin_cache[1] (sin)", cos_sin_cache[1], (cos.shape[0], half), (cos.dtype,))
-            return cos, sin
-        joined = self.tensor("cos_sin_cache", cos_sin_cache, (">=1", 2 * half), dtypes)
-        return joined[:, :half], joined[:, half:]
+            return cos, self.tensor("cos_sin_cache[1] (sin)", cos_sin_cache[1], (cos.shape[0], half), (cos.dtype,))
+        return (self.tensor("cos_sin_cache", cos_sin_cache, (">=1", 2 * half), dtypes),)
 
     def scale(self, name: str, value: object) -> torch.Tensor:
         """A 0-dim or one-element fp32 tensor on the device."""
@@ -193,7 +191,8 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
         raise ArgumentError("packed: this kernel does no absorb (weight='none'), pass None")
     values: dict[str, int] = {"tokens": tokens, "heads": spec.heads}
     if spec.rope_style != "none":
-        cos, sin = checker.rotary((given["cos_sin_cache"], given["sin"]) if cos_sin_pair else given["cos_sin_cache"])
+        tables = checker.rotary((given["cos_sin_cache"], given["sin"]) if cos_sin_pair else given["cos_sin_cache"])
+        cos, sin = tables if cos_sin_pair else tables[0].chunk(2, -1)
         positions = checker.indices("positions", given["positions"], tokens)
         views |= {"positions": ("positions", positions), "cos": ("cos_sin_cache", cos)}
         views["sin"] = ("sin" if cos_sin_pair else "cos_sin_cache", sin)

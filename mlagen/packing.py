@@ -4,6 +4,8 @@ A packed head is a row of tiles; a tile is a row of fragments; a fragment is 16 
 reads a fragment with one coalesced 128-bit load per lane, straight into the registers of the matrix instruction.
 """
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +26,7 @@ def packed_elements(tiles: AbsorbTiles) -> int:
     return int(np.prod(packed_shape(tiles)))
 
 
+@functools.cache
 def packing_index(tiles: AbsorbTiles) -> npt.NDArray[np.int64]:
     """For each element of a packed head, its place p * L + l in the head's [P,L] weights, or PADDING.
 
@@ -47,6 +50,7 @@ def packing_index(tiles: AbsorbTiles) -> npt.NDArray[np.int64]:
     taken = np.sort(flat[flat != PADDING])
     if not np.array_equal(taken, np.arange(tiles.nope_dim * tiles.lora_rank)):
         raise ScheduleError(f"{tiles}: packing does not take every weight exactly once")
+    flat.setflags(write=False)  # all callers share it
     return flat
 
 

@@ -13,7 +13,7 @@ from mlagen.abi import block_format
 from mlagen.arguments import WIDE_BYTES, Checker, bind
 from mlagen.binaries import BundlePath, device_binary, host_library
 from mlagen.codegen import GeneratedKernel, generate
-from mlagen.errors import ArgumentError, TargetError
+from mlagen.errors import ArgumentError, MlagenError, TargetError
 from mlagen.packing import PADDING, packed_shape, packing_index
 from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS, Target, find_target
@@ -66,6 +66,8 @@ class Kernel:
         self._load_unaligned = functools.cache(load_unaligned) if load_unaligned else None
         self._checker = Checker(spec, target, device)
         self.unit_scale = torch.ones((), device=device)  # of a call without a scale
+        if type(self.unit_scale) is not torch.Tensor:
+            raise MlagenError(f"load: a tensor made here is a {type(self.unit_scale).__name__}: load kernels outside of fake modes")
         self._pack = struct.Struct(block_format(generated.arguments)).pack
         tiles = generated.schedule.absorb
         self._packed_shape: Sequence[int] = packed_shape(tiles) if tiles else ()
@@ -83,7 +85,7 @@ class Kernel:
         if tiles is None:
             raise ArgumentError("w_uk: this kernel does no absorb (weight='none'), there is nothing to pack")
         weights = self._checker.weights(w_uk)
-        index = torch.from_numpy(packing_index(tiles)).to(self.device)
+        index = torch.tensor(packing_index(tiles), device=self.device)
         packed = weights.reshape(self.spec.heads, -1)[:, index.clamp(min=0)]
         if tiles.padded:
             packed[:, index == PADDING] = 0
@@ -194,6 +196,8 @@ def load(spec: PrologueSpec, device: str | torch.device, *, arch: str | None = N
     found = _KERNELS.get(key)
     if found is not None:
         return found
+    if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise MlagenError("load: the current stream is being captured: load kernels before the capture")
     generated = generate(spec, target)
     with _LOADING:
         if key not in _KERNELS:

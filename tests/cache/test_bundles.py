@@ -148,7 +148,6 @@ UNFIT = {
     "truncated": (lambda bundle: os.truncate(next(bundle.glob("*.co")), 100), "sha256 differs"),
     "missing": (lambda bundle: remove(bundle, "*.co"), r"damaged: mla_prologue\S*.co: No such file"),
     "sources": (lambda bundle: edit(bundle, binary={"sha256": "0" * 64, "compiler": "zig"}), "its source only"),
-    "odd": (lambda bundle: edit(bundle, binary={"file": ["x"], "sha256": 3}), "No such file"),
 }
 
 

@@ -10,8 +10,9 @@ import torch
 from helpers import Launch, Workload, check, make_launch, output_bytes, small_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mlagen.errors import ArgumentError, TargetError
+from mlagen.errors import ArgumentError, MlagenError, TargetError
 from mlagen.runtime import Kernel, load
 from mlagen.spec import PrologueSpec
 
@@ -334,3 +335,10 @@ def specs() -> st.SearchStrategy[PrologueSpec]:
 @given(spec=specs(), arch=st.sampled_from(["gfx942", "gfx950"]), tokens=st.integers(0, 40), seed=st.integers(0, 99))
 def test_any_spec_gives_a_right_kernel(spec, arch, tokens, seed):
     check(load(spec, "cpu", arch=arch), Workload(tokens=tokens), seed=seed)
+
+
+def test_a_load_under_a_fake_mode_is_refused():
+    """The kernel stays for the whole process, and a tensor without memory with it."""
+    with FakeTensorMode(), pytest.raises(MlagenError, match="FakeTensor: load kernels outside of fake modes"):
+        load(small_spec(heads=7), "cpu", arch="gfx950")
+    assert load(small_spec(heads=7), "cpu", arch="gfx950").unit_scale.item() == 1.0

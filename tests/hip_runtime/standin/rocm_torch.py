@@ -72,6 +72,7 @@ def pretend(library="libamdhip64.so"):
 
     torch.version.hip = "7.2.0"
     torch.cuda.is_available = lambda: True
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.device_count = lambda: ask(runtime.hipGetDeviceCount)
     torch.cuda.current_device, torch.cuda.device = current_device, device
     torch.cuda.current_stream, torch.cuda.stream = current_stream, stream
