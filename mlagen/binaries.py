@@ -106,6 +106,10 @@ def _compile_device(spec: PrologueSpec, generated: GeneratedKernel, target: Targ
         meta = _meta(spec, generated, compiler=cubin.compiler, command=cubin.command)
         return Entry(cubin.binary, generated.source, meta)
     compiled = toolchain.compile_device(generated.source, generated.arch, name=generated.name)
+    if not compiled.assembly:
+        return Entry(
+            compiled.binary, generated.source, _meta(spec, generated, compiler=compiled.compiler, command=compiled.command)
+        )
     resources = read_resources(compiled.assembly, generated.name)
     try:
         refuse_spills(resources, generated.name)

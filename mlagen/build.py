@@ -15,7 +15,7 @@ from mlagen.errors import RequestError
 from mlagen.machine_code import read_instruction_mix, read_resources, refuse_spills
 from mlagen.manifest import MANIFEST, Entries, check_writable, read_manifest, sha256, write_folder
 from mlagen.shipped import Request
-from mlagen.toolchain import compile_device
+from mlagen.toolchain import compile_device, gives_assembly
 
 Progress = Callable[[str, int, int], None]
 """Called with a kernel's name, how many are done and how many there are."""
@@ -65,7 +65,14 @@ def compile_kernel(generated: GeneratedKernel, requests: Sequence[Request], tool
 
 
 def compile_all(requests: Sequence[Request], toolchain: str, progress: Progress) -> list[BuiltKernel]:
-    """Compile the distinct kernels of `requests`, in parallel over the cores, in a fixed order.  The first error ends it."""
+    """Compile the distinct kernels of `requests`, in parallel over the cores, in a fixed order.  The first error ends it.
+
+    Raises RequestError for a toolchain that gives no assembly, and what compile_kernel raises.
+    """
+    if not gives_assembly(toolchain):
+        raise RequestError(
+            "toolchain hiprtc does not tell what a kernel takes of the GPU: it is for mlagen.load(); build with zig or rocm"
+        )
     kernels = list(group_requests(requests).values())
     built: list[BuiltKernel] = []
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:

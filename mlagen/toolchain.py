@@ -1,10 +1,11 @@
 """Compilers: HIP source text in, a linked code object out; host C++ source text in, a shared library out.
 
-Two toolchains compile for the GPU.  "zig" is the clang and the lld inside the ziglang wheel and needs nothing else; "rocm" is
-the compiler of a ROCm installation.  The source is self-contained: zig finds no header at all, since any it found would be
-one of the machine it happens to run on.  Every build runs in a private folder, by relative names, without the environment
-variables that change what a compiler does, so that the same source, arch and compiler give the same bytes anywhere.  The folder
-goes when the build succeeds; when the compiler refuses, it stays, with nothing in it but the source.
+Three toolchains compile for the GPU.  "zig" is the clang and the lld inside the ziglang wheel and needs nothing else; "rocm" is
+the compiler of a ROCm installation; "hiprtc" is its library, in this process and without assembly: see hiprtc_toolchain.  The
+source is self-contained: zig finds no header at all, since any it found would be one of the machine it happens to run on.  Each
+build, except hiprtc's, runs in a private folder, by relative names, without the environment variables that change what a compiler
+does, so that the same source, arch and compiler give the same bytes anywhere.  The folder goes when the build succeeds; when the
+compiler refuses, it stays, with nothing in it but the source.
 """
 
 import contextlib
@@ -26,9 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlagen import hiprtc_toolchain
 from mlagen.errors import BuildError, RequestError, TargetError, ToolchainError
 
-TOOLCHAINS = ("auto", "zig", "rocm")
+TOOLCHAINS = ("auto", "zig", "rocm", "hiprtc")
 
 # How many dwords of leading kernel arguments should arrive in SGPRs instead of memory.  16 registers can be filled at launch,
 # and the pointer to the arguments takes two, so at most 14 come; scalars and pointers only, a struct by value ends the run.
@@ -51,13 +53,17 @@ _ERRORS = (
     "double-promotion",
 )
 
-_DEVICE_FLAGS = (
-    *("-x", "hip", "--cuda-device-only", "-nogpulib"),
+_CODE_FLAGS = (
     *("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno"),
     "-mcode-object-version=5",  # loads on ROCm 6 and 7
     "-fuse-cuid=none",  # otherwise the name of a symbol is a hash of the path and the options
-    "-fno-crash-diagnostics",  # a report would name files that are gone by then
     *("-mllvm", f"--amdgpu-kernarg-preload-count={KERNARG_PRELOAD_DWORDS}"),
+)
+
+_DEVICE_FLAGS = (
+    *("-x", "hip", "--cuda-device-only", "-nogpulib"),
+    *_CODE_FLAGS,
+    "-fno-crash-diagnostics",  # a report would name files that are gone by then
     *("-Wall", "-Wextra", *(f"-Werror={warning}" for warning in _ERRORS)),
 )
 
@@ -92,7 +98,7 @@ class DeviceBinary:
     """A kernel compiled for one arch."""
 
     binary: bytes  # a linked code object: an AMDGPU ELF shared object
-    assembly: str  # what is in it, with resource counts as metadata; see mlagen.machine_code
+    assembly: str  # what is in it, with resource counts as metadata; see mlagen.machine_code; from hiprtc ""
     compiler: str  # as compiler_identity() gives it
     command: str  # what makes it, in a folder with the source as NAME.hip
     warnings: str  # what the compiler said although it succeeded; mostly nothing
@@ -134,6 +140,9 @@ def compile_device(
     _check_name(name)
     if not re.fullmatch(r"gfx[0-9a-f]{3,5}", arch):
         raise TargetError(f"arch={arch!r} is not an AMD GPU architecture; gfx942 or gfx950, for example")
+    if _toolchain_kind(toolchain) == "hiprtc":
+        made = hiprtc_toolchain.compile_device(source, arch, _CODE_FLAGS, name=name, keep_dir=keep_dir)
+        return DeviceBinary(made.binary, "", made.compiler, made.command, made.warnings)
     compiler = _device_compiler(toolchain)
     hip, asm, obj, code = (f"{name}.{suffix}" for suffix in ("hip", "s", "o", "co"))
     flags = (*_DEVICE_FLAGS, f"--offload-arch={arch}")
@@ -162,7 +171,14 @@ def compiler_identity(toolchain: str = "auto") -> str:
 
     Raises RequestError for an unknown toolchain, ToolchainError if its compiler is missing or does not run.
     """
+    if _toolchain_kind(toolchain) == "hiprtc":
+        return hiprtc_toolchain.identity()
     return _device_compiler(toolchain).identity
+
+
+def gives_assembly(toolchain: str = "auto") -> bool:
+    """Whether compile_device's result tells what the kernel takes of the GPU.  Raises RequestError for an unknown toolchain."""
+    return _toolchain_kind(toolchain) != "hiprtc"
 
 
 def fingerprint(toolchain: str = "auto") -> tuple[str, tuple[str, ...]]:
@@ -175,6 +191,8 @@ def fingerprint(toolchain: str = "auto") -> tuple[str, tuple[str, ...]]:
     if compiler_kind == "zig":
         _ziglang("compile with ROCm: MLAGEN_TOOLCHAIN=rocm")
         return f"ziglang {importlib.metadata.version('ziglang')}", (*_DEVICE_FLAGS, *_ZIG_DEVICE_FLAGS)
+    if compiler_kind == "hiprtc":
+        return hiprtc_toolchain.fingerprint(_CODE_FLAGS)
     return _rocm().identity, _DEVICE_FLAGS
 
 
@@ -220,18 +238,18 @@ def _check_name(name: str) -> None:
 
 
 def _toolchain_kind(toolchain: str) -> str:
-    """zig or rocm; raises RequestError for a name that is neither nor auto."""
+    """zig, rocm or hiprtc; raises RequestError for a name that is none of them nor auto."""
     origin = "toolchain"
     if toolchain == "auto":
         # Not whichever is installed: what else the machine has must not decide which compiler runs.
         origin, toolchain = "MLAGEN_TOOLCHAIN", os.environ.get("MLAGEN_TOOLCHAIN") or "auto"
     if toolchain not in TOOLCHAINS:
         raise RequestError(f"{origin}={toolchain!r} is not a toolchain; possible are {', '.join(TOOLCHAINS)}")
-    return "rocm" if toolchain == "rocm" else "zig"
+    return "zig" if toolchain == "auto" else toolchain
 
 
 def _device_compiler(toolchain: str) -> _Compiler:
-    """The compiler of `toolchain`; raises RequestError or ToolchainError."""
+    """The compiler of `toolchain`, zig or rocm; raises RequestError or ToolchainError."""
     if _toolchain_kind(toolchain) == "rocm":
         return _rocm()
     program = _ziglang("compile with ROCm: MLAGEN_TOOLCHAIN=rocm")

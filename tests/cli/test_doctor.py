@@ -124,7 +124,7 @@ def test_broken_things_are_findings(run, tmp_path):
     assert "expected 0 or 1" in environment["MLAGEN_JIT"]["remedy"]
     assert environment["MLAGEN_CASHE_DIR"]["remedy"] == "did you mean MLAGEN_CACHE_DIR?"
     assert "MLAGEN_TOOLCHAIN" in environment["MLAGEN_COLOUR"]["remedy"]
-    assert environment["MLAGEN_TOOLCHAIN"]["remedy"] == "possible are auto, zig, rocm"
+    assert environment["MLAGEN_TOOLCHAIN"]["remedy"] == "possible are auto, zig, rocm, hiprtc"
     assert [name for name, each in environment.items() if each["works"]] == [
         "MLAGEN_BUNDLE_PATH",
         "MLAGEN_CACHE_DIR",

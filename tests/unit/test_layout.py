@@ -33,7 +33,9 @@ LAYERS = (
     Layer("lowering", "lowering", "ir"),
     Layer("schedule", "schedule packing", "lowering"),  # how it is done
     Layer("codegen", "abi codegen", "spec schedule"),
-    Layer("binaries", "toolchain cuda_toolchain machine_code cache manifest drivers", "target"),  # binaries: never the IR
+    Layer(
+        "binaries", "toolchain cuda_toolchain hiprtc_toolchain machine_code cache manifest drivers", "target"
+    ),  # binaries: never the IR
     Layer("arguments", "arguments", "spec torch"),
     Layer("runtime", "binaries runtime", "codegen binaries arguments"),  # joins both
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it
