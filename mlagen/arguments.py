@@ -157,7 +157,7 @@ class Checker:
         return self.distinct_rows("kv_cache", self.tensor("kv_cache", value, (None, ">=1", self.spec.entry_dim), dtypes))
 
 
-WIDE = ("w_uk", "q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "kv_cache")
+WIDE = ("q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "kv_cache")
 """Arguments that point to rows, which the kernel reads and writes WIDE_BYTES at a time."""
 
 WIDE_BYTES = 16

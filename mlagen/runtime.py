@@ -134,6 +134,10 @@ class Kernel:
         except (KeyError, AttributeError):
             plan = self._remember(tensors, q_pair, cos_sin_pair)
         if plan.tokens:
+            if packed is not None and packed.data_ptr() % WIDE_BYTES:
+                raise ArgumentError(
+                    f"packed: starts off a multiple of {WIDE_BYTES} bytes: pass what pack_weights returned, or a clone"
+                )
             if self.device.type == "cpu":
                 self._check_slots(slot_mapping[: plan.tokens], kv_cache)
             values = plan.values.copy()

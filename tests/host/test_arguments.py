@@ -342,3 +342,14 @@ def test_a_load_under_a_fake_mode_is_refused():
     with FakeTensorMode(), pytest.raises(MlagenError, match="FakeTensor: load kernels outside of fake modes"):
         load(small_spec(heads=7), "cpu", arch="gfx950")
     assert load(small_spec(heads=7), "cpu", arch="gfx950").unit_scale.item() == 1.0
+
+
+def test_packed_weights_off_their_alignment_are_refused():
+    """The kernel reads them 16 bytes at a time, whatever the other rows are; a second call looks like the first, and is not."""
+    kernel = load(small_spec(), "cpu", arch="gfx942")
+    launch = make_launch(kernel, WORKLOAD)
+    kernel(**launch.arguments)
+    packed = launch.arguments["packed"]
+    shifted = torch.empty(packed.numel() + 1, dtype=packed.dtype)[1:].view(packed.shape).copy_(packed)
+    with pytest.raises(ArgumentError, match="^packed: starts off a multiple of 16 bytes"):
+        kernel(**{**launch.arguments, "packed": shifted})
