@@ -351,5 +351,5 @@ def test_packed_weights_off_their_alignment_are_refused():
     kernel(**launch.arguments)
     packed = launch.arguments["packed"]
     shifted = torch.empty(packed.numel() + 1, dtype=packed.dtype)[1:].view(packed.shape).copy_(packed)
-    with pytest.raises(ArgumentError, match="^packed: starts off a multiple of 16 bytes"):
+    with pytest.raises(ArgumentError, match=r"^packed: starts off a multiple of 16 bytes"):
         kernel(**{**launch.arguments, "packed": shifted})
