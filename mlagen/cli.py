@@ -202,6 +202,7 @@ def verify(
                 exact = f"{100 * part.exact_share:.3f} %"
                 table.add_row(str(count), part.name, str(part.elements), exact, f"{part.max_error:.3g}", verdict)
         console.print(table)
+    print("max error: in stored values, before the scale; ok: rounding explains every element")
     if failed:
         raise VerificationError(f"{failed} of the comparisons above failed: the oracle does not explain what the kernel wrote")
 
