@@ -14,8 +14,6 @@ from mlagen.spec import PrologueSpec
 from mlagen.target import Target
 from mlagen.torch_types import torch_dtype
 
-Pair = tuple[torch.Tensor, torch.Tensor | None]
-
 
 @dataclass(frozen=True)
 class Binding:

@@ -23,9 +23,6 @@ from mlagen.schedule import AbsorbTiles, Pieces, Schedule, choose_schedule
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
 
-ROW_ALIGNMENT = 16
-"""Bytes: the widest access of a lane."""
-
 MARK = "// The kernel.  From here on the text is the same on every platform."
 """The line after which host and device source are the same bytes."""
 
@@ -51,7 +48,7 @@ class GeneratedKernel:
 def generate(spec: PrologueSpec, target: Target, *, aligned: bool = True) -> GeneratedKernel:
     """The kernel of `spec` on `target`, with the schedule that choose_schedule gives.
 
-    `aligned` promises that all rows start at multiples of ROW_ALIGNMENT bytes; a target with unaligned access does not care.
+    `aligned` promises that all rows start at multiples of 16 bytes; a target with unaligned access does not care.
     """
     aligned = aligned or target.unaligned_access
     program = spec.program(target)

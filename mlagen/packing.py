@@ -21,11 +21,6 @@ def packed_shape(tiles: AbsorbTiles) -> tuple[int, int, int, int, int, int]:
     return (tiles.l_tiles, tiles.chunks, tiles.m_tiles, tiles.weight_fragments, tiles.atom.lanes, tiles.fragment_k)
 
 
-def packed_elements(tiles: AbsorbTiles) -> int:
-    """Elements of one packed head, padding included."""
-    return int(np.prod(packed_shape(tiles)))
-
-
 @functools.cache
 def packing_index(tiles: AbsorbTiles) -> npt.NDArray[np.int64]:
     """For each element of a packed head, its place p * L + l in the head's [P,L] weights, or PADDING.

@@ -124,6 +124,10 @@ class Kernel:
         cos, sin = self._checker.pair("cos_sin_cache", "(cos, sin)", cos_sin_cache) if cos_sin_pair else (cos_sin_cache, None)
         if out is None and isinstance(q0, torch.Tensor) and q0.dim():
             out = torch.empty((q0.shape[0], self.spec.heads, self.spec.entry_dim), dtype=self._out_dtype, device=self.device)
+        if self.spec.rope_style == "none":
+            positions = cos = sin = None  # not read, whatever they are
+        if not self.spec.rope_dim:
+            k_pe = None
         q_scale = self.unit_scale if q_scale is None else q_scale
         k_scale = self.unit_scale if k_scale is None else k_scale
         tensors: tuple[Any, ...] = (q0, q1, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos, sin, q_scale, k_scale, out)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mlagen import verify
 from mlagen.errors import ArgumentError, MlagenError, TargetError
 from mlagen.runtime import Kernel, load
 from mlagen.spec import PrologueSpec
@@ -353,3 +354,11 @@ def test_packed_weights_off_their_alignment_are_refused():
     shifted = torch.empty(packed.numel() + 1, dtype=packed.dtype)[1:].view(packed.shape).copy_(packed)
     with pytest.raises(ArgumentError, match=r"^packed: starts off a multiple of 16 bytes"):
         kernel(**{**launch.arguments, "packed": shifted})
+
+
+def test_what_is_not_read_may_be_anything():
+    """Without rotation nobody looks at positions and tables; without RoPE columns, nobody looks at k_pe."""
+    kernel = load(small_spec(rope_dim=0, rope_style="none"), "cpu", arch="gfx942")
+    launch = make_launch(kernel, Workload(tokens=3))
+    kernel(**{**launch.arguments, "positions": [1, 2, 3], "cos_sin_cache": "none", "k_pe": "none"})
+    assert all(part.passed for part in verify.compare_case(kernel.spec, kernel.target, launch.case))
