@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlagen import cuda_toolchain, toolchain
+from mlagen import toolchain
 from mlagen.abi import ABI_VERSION
 from mlagen.cache import DiskCache, Entry, Key
 from mlagen.codegen import GeneratedKernel
+from mlagen.compilers import compile_device, fingerprint, read_resources, refuse_spills
 from mlagen.errors import BuildError, MissingKernelError, MlagenError, ToolchainError
-from mlagen.machine_code import read_resources, refuse_spills
 from mlagen.manifest import read_manifest, sha256
 from mlagen.models import PRESETS
 from mlagen.spec import PrologueSpec
@@ -50,7 +50,7 @@ def device_binary(spec: PrologueSpec, generated: GeneratedKernel, target: Target
         if isinstance(found, bytes):
             return found
         reasons.append(found)
-    cached = _from_cache(lambda: device_key(generated, target), lambda: _compile_device(spec, generated, target))
+    cached = _from_cache(lambda: device_key(generated, target), lambda: _compile_device(spec, generated))
     if isinstance(cached, bytes):
         return cached
     raise MissingKernelError(
@@ -72,8 +72,7 @@ def host_library(spec: PrologueSpec, generated: GeneratedKernel) -> bytes:
 
 def device_key(generated: GeneratedKernel, target: Target) -> Key:
     """What the kernel's code object or cubin depends on.  Raises ToolchainError."""
-    compiler = cuda_toolchain if target.platform == "nvidia" else toolchain
-    return _key("device", generated.arch, generated.source, *compiler.fingerprint())
+    return _key("device", generated.arch, generated.source, *fingerprint(target.arch))
 
 
 def host_key(generated: GeneratedKernel) -> Key:
@@ -100,22 +99,16 @@ def _from_cache(key: Callable[[], Key], compile_: Callable[[], Entry]) -> bytes 
     return f"its entry in the cache {cache.root} is damaged: {damage}" if damage else f"it is not in the cache {cache.root}"
 
 
-def _compile_device(spec: PrologueSpec, generated: GeneratedKernel, target: Target) -> Entry:
-    if target.platform == "nvidia":
-        cubin = cuda_toolchain.compile_device(generated.source, generated.arch, name=generated.name)
-        meta = _meta(spec, generated, compiler=cubin.compiler, command=cubin.command)
-        return Entry(cubin.binary, generated.source, meta)
-    compiled = toolchain.compile_device(generated.source, generated.arch, name=generated.name)
-    if not compiled.assembly:
-        return Entry(
-            compiled.binary, generated.source, _meta(spec, generated, compiler=compiled.compiler, command=compiled.command)
-        )
-    resources = read_resources(compiled.assembly, generated.name)
+def _compile_device(spec: PrologueSpec, generated: GeneratedKernel) -> Entry:
+    compiled = compile_device(generated.source, generated.arch, name=generated.name)
+    meta = _meta(spec, generated, compiler=compiled.compiler, command=compiled.command)
     try:
-        refuse_spills(resources, generated.name)
+        resources = read_resources(compiled, generated.name)
+        if resources:
+            meta["resources"] = asdict(resources)
+            refuse_spills(resources, generated.name)
     except BuildError as error:
         _log.warning("%s", error)  # slow, but right: `mlagen build` refuses it, a running program goes on
-    meta = _meta(spec, generated, compiler=compiled.compiler, command=compiled.command, resources=asdict(resources))
     return Entry(compiled.binary, generated.source, meta)
 
 

@@ -1,4 +1,4 @@
-"""build: requests become a folder of sources, code objects and a manifest."""
+"""build: requests become a folder of sources, binaries and a manifest."""
 
 import dataclasses
 import difflib
@@ -10,12 +10,11 @@ from typing import Any
 
 from mlagen import __version__
 from mlagen.abi import ABI_VERSION
-from mlagen.codegen import GeneratedKernel, generate
+from mlagen.codegen import GeneratedKernel, variants
+from mlagen.compilers import compile_device, read_instruction_mix, read_resources, refuse_spills, refuse_unfit, suffix
 from mlagen.errors import RequestError
-from mlagen.machine_code import read_instruction_mix, read_resources, refuse_spills
 from mlagen.manifest import MANIFEST, Entries, check_writable, read_manifest, sha256, write_folder
 from mlagen.shipped import Request
-from mlagen.toolchain import compile_device, gives_assembly
 
 Progress = Callable[[str, int, int], None]
 """Called with a kernel's name, how many are done and how many there are."""
@@ -34,16 +33,18 @@ def group_requests(requests: Sequence[Request]) -> dict[str, tuple[GeneratedKern
     """The distinct kernels by name, each with the requests that it serves."""
     kernels: dict[str, tuple[GeneratedKernel, list[Request]]] = {}
     for each in requests:
-        generated = generate(each.spec, each.target)
-        kernels.setdefault(generated.name, (generated, []))[1].append(each)
+        for generated in variants(each.spec, each.target):
+            kernels.setdefault(generated.name, (generated, []))[1].append(each)
     return kernels
 
 
 def compile_kernel(generated: GeneratedKernel, requests: Sequence[Request], toolchain: str) -> BuiltKernel:
-    """Compile one kernel.  Raises ToolchainError, or BuildError where it does not compile, spills or needs scratch."""
+    """Compile one kernel.  Raises ToolchainError, or BuildError where it does not compile or spills registers to memory."""
     compiled = compile_device(generated.source, generated.arch, name=generated.name, toolchain=toolchain)
-    resources = read_resources(compiled.assembly, generated.name)
+    resources = read_resources(compiled, generated.name)
+    assert resources is not None, "compile_all refuses compilers that do not tell"
     refuse_spills(resources, generated.name)
+    mix = read_instruction_mix(compiled, generated.name)
     schedule = generated.schedule
     entry = {
         "arch": generated.arch,
@@ -57,9 +58,13 @@ def compile_kernel(generated: GeneratedKernel, requests: Sequence[Request], tool
             "token_tile": schedule.absorb.token_tile if schedule.absorb else None,
         },
         "source": {"file": f"{generated.name}.hip", "sha256": generated.source_sha256},
-        "binary": {"file": f"{generated.name}.co", "sha256": sha256(compiled.binary), "compiler": compiled.compiler},
+        "binary": {
+            "file": f"{generated.name}.{suffix(compiled)}",
+            "sha256": sha256(compiled.binary),
+            "compiler": compiled.compiler,
+        },
         "resources": dataclasses.asdict(resources),
-        "instructions": dataclasses.asdict(read_instruction_mix(compiled.assembly, generated.name)),
+        "instructions": dataclasses.asdict(mix) if mix else {},
     }
     return BuiltKernel(generated, compiled.binary, entry)
 
@@ -67,12 +72,11 @@ def compile_kernel(generated: GeneratedKernel, requests: Sequence[Request], tool
 def compile_all(requests: Sequence[Request], toolchain: str, progress: Progress) -> list[BuiltKernel]:
     """Compile the distinct kernels of `requests`, in parallel over the cores, in a fixed order.  The first error ends it.
 
-    Raises RequestError for a toolchain that gives no assembly, and what compile_kernel raises.
+    Raises RequestError for a toolchain that is not for every request's platform, or that does not tell what a kernel takes of the
+    GPU, and what compile_kernel raises.
     """
-    if not gives_assembly(toolchain):
-        raise RequestError(
-            "toolchain hiprtc does not tell what a kernel takes of the GPU: it is for mlagen.load(); build with zig or rocm"
-        )
+    for arch in dict.fromkeys(each.target.arch for each in requests):
+        refuse_unfit(arch, toolchain)
     kernels = list(group_requests(requests).values())
     built: list[BuiltKernel] = []
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
@@ -90,10 +94,10 @@ def compile_all(requests: Sequence[Request], toolchain: str, progress: Progress)
 def build(
     requests: Sequence[Request], out: Path, *, toolchain: str = "auto", sources_only: bool = False, progress: Progress
 ) -> list[BuiltKernel]:
-    """Compile the requests and write NAME.hip, NAME.co and the manifest to `out`; kernels that are there already stay listed.
+    """Compile the requests and write sources, binaries and the manifest to `out`; kernels that are there already stay listed.
 
-    With `sources_only` the code objects are not written, only described.  Raises RequestError where `out` cannot be used,
-    ToolchainError, BuildError.
+    A kernel called NAME becomes NAME.hip and NAME.co, for NVIDIA NAME.cubin.  With `sources_only` the binaries are described, not
+    written.  Raises RequestError where `out` cannot be used, ToolchainError, BuildError.
     """
     check_writable(out)
     if not sources_only:

@@ -40,13 +40,13 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A preset (see `mlagen models`), a config.json, or a folder that holds one.")]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size: the heads are divided by it.")]
-Archs = Annotated[list[str] | None, typer.Option("--arch", help="A GPU architecture; may be repeated. Default: every one.")]
+Archs = Annotated[list[str] | None, typer.Option("--arch", help=f"GPU architecture; may be repeated. Default: {', '.join(ARCHS)}.")]
 Weight = Annotated[str | None, typer.Option(help="Type of W_UK: the model's (default), or none: q_nope arrives absorbed.")]
 QDtype = Annotated[str, typer.Option("--q-dtype", help="fp8, or the model's dtype: bf16, fp16.")]
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="fp8, or the model's dtype: bf16, fp16.")]
 Rounding = Annotated[str, typer.Option(help="fused: fp32 up to the end; stepwise: round where separate operators would.")]
 Fp8Max = Annotated[float | None, typer.Option("--fp8-max", help="Saturate fp8 below the format's limit (vLLM: 224 on gfx942).")]
-OUT_HELP = "Folder for NAME.hip, NAME.co and manifest.json. Default: build/"
+OUT_HELP = "Folder for NAME.hip, NAME.co or, for NVIDIA, NAME.cubin, and manifest.json. Default: build/"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -93,12 +93,12 @@ def build(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
-    toolchain: Annotated[str, typer.Option(help="auto, zig or rocm.")] = "auto",
+    toolchain: Annotated[str, typer.Option(help="auto; for AMD zig or rocm; for NVIDIA nvrtc or nvcc.")] = "auto",
     build_all: Annotated[bool, typer.Option("--all", help="Every preset, TP size, arch and dtype that the project ships.")] = False,
     generated: Annotated[bool, typer.Option("--generated", help="The sources that are checked in under generated/.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; say what differs from what is there.")] = False,
 ) -> None:
-    """Build kernels: HIP source, code object and manifest."""
+    """Build kernels: HIP source, code object or cubin, and manifest."""
     from mlagen import build as builder
 
     generated = generated or (check and model is None and not build_all)
@@ -108,12 +108,6 @@ def build(
     options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     if model is not None:
         requests = _requests(model, tp, arch, **options)
-        for each in requests:
-            if each.target.arch not in ARCHS:
-                raise RequestError(
-                    f"--arch {each.target.arch}: kernels are built ahead of time for {', '.join(ARCHS)}; "
-                    "for this one mlagen.load() compiles them where they run"
-                )
     else:
         for name in ("tp", "arch", *options):
             if _given(context, name):
@@ -237,7 +231,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(parser=_folder, metavar="DIR", help="A folder that `mlagen build` wrote.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show what built kernels cost: registers, LDS, scratch, spills, waves, matrix and memory instructions."""
+    """Show what built kernels cost: registers, memory, spills, waves and, for AMD, matrix and memory instructions."""
     from mlagen.manifest import damaged_files, read_manifest
 
     kernels = read_manifest(folder)
@@ -252,19 +246,30 @@ def inspect(
         raise BuildError(f"{folder}: {len(damage)} of its files are missing or not what was built; build them again")
 
 
-RESOURCE_COLUMNS = ("vgprs", "agprs", "sgprs", "lds_bytes", "scratch_bytes", "vgpr_spills", "sgpr_spills", "waves_per_simd")
+RESOURCE_COLUMNS = {
+    "amd": ("vgprs", "agprs", "sgprs", "lds_bytes", "scratch_bytes", "vgpr_spills", "sgpr_spills", "waves_per_simd"),
+    "nvidia": ("registers", "shared_bytes", "local_bytes", "spill_store_bytes", "spill_load_bytes", "waves_per_simd"),
+}
 
 Entry = Mapping[str, Any]
 Cells = Callable[[Entry], dict[str, str]]
-"""What a table says of a manifest entry, by column."""
+"""What a table says of a manifest entry, by column; nothing where its platform has nothing to say."""
+
+
+def _platform(entry: Entry) -> str:
+    """The platform of a kernel, also of one for an arch that this version does not know."""
+    return "nvidia" if entry["arch"].startswith("sm_") else "amd"
 
 
 def _resource_cells(entry: Entry) -> dict[str, str]:
-    return {column.replace("_", " "): str(entry["resources"].get(column, "?")) for column in RESOURCE_COLUMNS}
+    columns = RESOURCE_COLUMNS[_platform(entry)]
+    return {column.replace("_", " "): str(entry["resources"].get(column, "?")) for column in columns}
 
 
 def _instruction_cells(entry: Entry) -> dict[str, str]:
-    """Static counts; widths in bits."""
+    """Static counts, of assembly, which NVIDIA's compilers do not write; widths in bits."""
+    if _platform(entry) == "nvidia":
+        return {}
     mix = entry["instructions"]
     return {
         "instructions": str(mix.get("total", "?")),
@@ -284,9 +289,14 @@ def _tally(counts: Any, unit: str) -> str:
 
 
 def _print_kernels(kernels: Mapping[str, Entry], *kinds: Cells) -> None:
-    """A table of each kind where they fit the terminal, else a paragraph for each kernel: names of kernels are long."""
+    """Tables of each kind where they fit the terminal, else a paragraph for each kernel: names of kernels are long."""
     console = _console()
-    tables = [_kernel_table({name: cells(entry) for name, entry in kernels.items()}) for cells in kinds]
+    tables = []
+    for cells in kinds:
+        for platform in RESOURCE_COLUMNS:
+            rows = {name: said for name, entry in kernels.items() if _platform(entry) == platform and (said := cells(entry))}
+            if rows:
+                tables.append(_kernel_table(rows))
     unlimited = console.options.update(max_width=10_000)
     if all(console.measure(table, options=unlimited).maximum <= console.width for table in tables):
         console.print(*tables)
@@ -294,14 +304,14 @@ def _print_kernels(kernels: Mapping[str, Entry], *kinds: Cells) -> None:
     for name, entry in kernels.items():
         console.print(name, soft_wrap=True)
         for cells in kinds:
-            text = "; ".join(f"{column}: {value}" for column, value in cells(entry).items())
-            console.print(Padding(text, (0, 0, 0, 4)))
+            if text := "; ".join(f"{column}: {value}" for column, value in cells(entry).items()):
+                console.print(Padding(text, (0, 0, 0, 4)))
 
 
 def _kernel_table(rows: Mapping[str, dict[str, str]]) -> Table:
     table = Table(box=None, header_style="bold")
     table.add_column("kernel", no_wrap=True)
-    for column in next(iter(rows.values()), {}):
+    for column in next(iter(rows.values())):
         numbers = all(row[column].isdigit() for row in rows.values())
         table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
     for name, row in rows.items():

@@ -57,6 +57,12 @@ def generate(spec: PrologueSpec, target: Target, *, aligned: bool = True) -> Gen
     return render(name, program, lowered, choose_schedule(lowered, target), target, aligned=aligned)
 
 
+def variants(spec: PrologueSpec, target: Target) -> tuple[GeneratedKernel, ...]:
+    """Every kernel that a call of `spec` on `target` may need: what a bundle has to hold to do without the compiler."""
+    alignments = (True,) if target.unaligned_access else (True, False)
+    return tuple(generate(spec, target, aligned=aligned) for aligned in alignments)
+
+
 def kernel_name(spec: PrologueSpec, target: Target) -> str:
     """A name that tells apart all kernels that differ: specs that differ in heads only share a kernel."""
     product = f"p{spec.nope_dim}_w{spec.weight}" if spec.absorbs else "absorbed"

@@ -1,6 +1,6 @@
 """Compilers for NVIDIA GPUs: NVRTC through cuda-bindings, or nvcc where asked for or where there is no NVRTC.
 
-MLAGEN_CUDA_TOOLCHAIN is auto (the default), nvrtc or nvcc.
+MLAGEN_CUDA_TOOLCHAIN is auto (the default), nvrtc or nvcc; it decides where a caller's toolchain is auto.
 """
 
 import functools
@@ -14,53 +14,67 @@ from pathlib import Path
 from typing import Any
 
 from mlagen.errors import BuildError, RequestError, TargetError, ToolchainError
+from mlagen.resource_usage import split_usage
 
 TOOLCHAINS = ("auto", "nvrtc", "nvcc")
 
 # As for AMD: nothing contracted, division correctly rounded (the default), so that all platforms round alike.
-_FLAGS = ("-std=c++17", "-fmad=false")
+# ptxas tells the resources; the newer ones write their options into the cubin, so that all compiles have to ask.
+_FLAGS = ("-std=c++17", "-fmad=false", "--ptxas-options=-v")
 
 
 @dataclass(frozen=True)
 class CudaBinary:
     """A kernel compiled for one arch; the fields mean what they mean in toolchain.DeviceBinary."""
 
-    binary: bytes
+    binary: bytes  # a cubin: a linked ELF file
+    usage: str  # what ptxas said of its resources; see mlagen.resource_usage
     compiler: str
     command: str
     warnings: str
 
 
-def compile_device(source: str, arch: str, *, name: str) -> CudaBinary:
+def compile_device(source: str, arch: str, *, name: str, toolchain: str = "auto") -> CudaBinary:
     """Compile self-contained source for `arch`, such as sm_90, to a cubin.
 
-    Raises TargetError for an arch that is not an NVIDIA GPU, ToolchainError if there is no compiler, BuildError with the compiler's
-    words if it fails.
+    Raises TargetError for an arch that is not an NVIDIA GPU, RequestError for an unknown toolchain, ToolchainError if the compiler
+    is missing, BuildError with the compiler's words if it fails.
     """
     if not re.fullmatch(r"sm_[0-9]{2,3}a?", arch):
         raise TargetError(f"arch={arch!r} is not an NVIDIA GPU architecture; sm_90, for example")
-    if _chosen() == "nvrtc":
+    if _chosen(toolchain) == "nvrtc":
         return _nvrtc(source, arch, name)
     return _nvcc(source, arch, name)
 
 
-def fingerprint() -> tuple[str, tuple[str, ...]]:
-    """Identity and flags of the compiler: what of it moves a binary.  Raises ToolchainError if there is none."""
-    return (nvrtc_identity() if _chosen() == "nvrtc" else nvcc_identity()), _FLAGS
+def fingerprint(toolchain: str = "auto") -> tuple[str, tuple[str, ...]]:
+    """Identity and flags of the compiler that compile_device would run: what of it moves a binary.
+
+    Raises RequestError for an unknown toolchain, ToolchainError if its compiler is missing.
+    """
+    return (nvrtc_identity() if _chosen(toolchain) == "nvrtc" else nvcc_identity()), _FLAGS
 
 
-def _chosen() -> str:
+def wanted(toolchain: str) -> str:
+    """nvrtc, nvcc, or auto where MLAGEN_CUDA_TOOLCHAIN leaves the choice, too; raises RequestError for any other name."""
+    origin = "toolchain"
+    if toolchain == "auto":
+        origin, toolchain = "MLAGEN_CUDA_TOOLCHAIN", os.environ.get("MLAGEN_CUDA_TOOLCHAIN") or "auto"
+    if toolchain not in TOOLCHAINS:
+        raise RequestError(f"{origin}={toolchain!r} is not a toolchain for NVIDIA GPUs; possible are {', '.join(TOOLCHAINS)}")
+    return toolchain
+
+
+def _chosen(toolchain: str) -> str:
     """nvrtc or nvcc; raises RequestError or ToolchainError."""
-    wanted = os.environ.get("MLAGEN_CUDA_TOOLCHAIN") or "auto"
-    if wanted not in TOOLCHAINS:
-        raise RequestError(f"MLAGEN_CUDA_TOOLCHAIN={wanted!r} is not a toolchain; possible are {', '.join(TOOLCHAINS)}")
-    if wanted != "auto":
-        return wanted
+    named = wanted(toolchain)
+    if named != "auto":
+        return named
     if _load_nvrtc() is not None:
         return "nvrtc"
     if shutil.which("nvcc"):
         return "nvcc"
-    raise ToolchainError("no compiler for NVIDIA GPUs: `pip install 'mlagen[cuda]'` brings NVRTC, the CUDA toolkit nvcc")
+    raise ToolchainError("no compiler for NVIDIA GPUs; run `pip install 'mlagen[cuda]'` for NVRTC, or install the CUDA toolkit")
 
 
 @functools.cache
@@ -81,7 +95,7 @@ def nvrtc_identity() -> str:
     """NVRTC's name and version.  Raises ToolchainError if it is missing."""
     nvrtc = _load_nvrtc()
     if nvrtc is None:
-        raise ToolchainError("NVRTC is not installed: `pip install 'mlagen[cuda]'`")
+        raise ToolchainError("NVRTC is not installed; run `pip install 'mlagen[cuda]'`, or use toolchain nvcc, the CUDA toolkit's")
     _, major, minor = nvrtc.nvrtcVersion()
     return f"NVRTC {major}.{minor}"
 
@@ -111,7 +125,8 @@ def _nvrtc(source: str, arch: str, name: str) -> CudaBinary:
         call("nvrtcGetCUBIN", program, binary)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return CudaBinary(binary, identity, command, said)
+    usage, warnings = split_usage(said)
+    return CudaBinary(binary, usage, identity, command, warnings)
 
 
 def _keep(source: str, name: str) -> Path:
@@ -125,7 +140,9 @@ def _keep(source: str, name: str) -> Path:
 def nvcc_identity() -> str:
     """nvcc's name and version.  Raises ToolchainError if it is missing or does not run."""
     if shutil.which("nvcc") is None:
-        raise ToolchainError("nvcc is not on the PATH: install the CUDA toolkit, or set MLAGEN_CUDA_TOOLCHAIN=nvrtc")
+        raise ToolchainError(
+            "nvcc is not on the PATH; install the CUDA toolkit, or use toolchain nvrtc, which is `pip install 'mlagen[cuda]'`"
+        )
     done = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"V[0-9.]+", done.stdout)
     if done.returncode or not found:
@@ -147,7 +164,9 @@ def _nvcc(source: str, arch: str, name: str) -> CudaBinary:
             Path(folder, f"{name}.hip").write_text(source, encoding="utf-8")
             done = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False)
             if done.returncode == 0:
-                return CudaBinary(Path(folder, f"{name}.cubin").read_bytes(), identity, " ".join(command), done.stderr)
+                usage, warnings = split_usage(done.stderr)
+                binary = Path(folder, f"{name}.cubin").read_bytes()
+                return CudaBinary(binary, usage, identity, " ".join(command), warnings)
         kept = _keep(source, name)
     except OSError as error:
         raise BuildError(f"{name}: cannot build in {tempfile.gettempdir()}: {error}; free some space, or set TMPDIR") from error

@@ -1,7 +1,9 @@
 """doctor: what works on this machine, what is missing and how to get it.  It gathers facts and prints nothing."""
 
+import contextlib
 import difflib
 import fcntl
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -75,6 +77,11 @@ def _compilers() -> list[Finding]:
         with tempfile.TemporaryDirectory(prefix="mlagen-doctor-") as folder:
             return toolchain.compile_device(_DEVICE_TRIAL, "gfx950", name="mlagen_doctor", toolchain=kind, keep_dir=folder).compiler
 
+    def for_hiprtc() -> str:
+        with contextlib.suppress(Exception):  # torch has a finding of its own
+            importlib.import_module("torch")  # first, as in a program: it may bring a hiprtc of its own
+        return for_amd("hiprtc")
+
     def for_host() -> str:
         identity = toolchain.host_compiler()
         if not identity.startswith("ziglang"):  # which would build its libc++ first: a minute
@@ -85,6 +92,7 @@ def _compilers() -> list[Finding]:
     return [
         _finding("ziglang", "pip install ziglang", lambda: for_amd("zig")),
         _finding("ROCm", "install ROCm's compiler; or use ziglang, which needs no ROCm", lambda: for_amd("rocm")),
+        _finding("hiprtc", "pip install 'mlagen[rocm]', and install ROCm; or use ziglang, which needs neither", for_hiprtc),
         _finding("NVRTC", "pip install 'mlagen[cuda]' nvidia-cuda-nvrtc", cuda_toolchain.nvrtc_identity),
         _finding("nvcc", "install the CUDA toolkit; or use NVRTC, which needs none", cuda_toolchain.nvcc_identity),
         _finding(HOST_COMPILER, "install g++ or clang++, or pip install ziglang; only the CPU run needs it", for_host),

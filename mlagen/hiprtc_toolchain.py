@@ -113,7 +113,7 @@ def _load() -> Any:
         from hip import hiprtc as module
     except ImportError as error:
         raise ToolchainError(
-            f"hip-python cannot be imported ({error}): run `pip install 'mlagen[rocm]'`, or use toolchain zig, "
+            f"hip-python cannot be imported ({error}); run `pip install 'mlagen[rocm]'`, or use toolchain zig, "
             "which is `pip install ziglang`"
         ) from None
     hiprtc: Any = module
@@ -121,7 +121,7 @@ def _load() -> Any:
         hiprtc.hiprtcVersion()  # the first call opens the library
     except RuntimeError as error:
         raise ToolchainError(
-            f"hip-python cannot open hiprtc ({error}): install ROCm, and start Python with LD_LIBRARY_PATH set to the folder that "
+            f"hip-python cannot open hiprtc ({error}); install ROCm, and start Python with LD_LIBRARY_PATH set to the folder that "
             "has libhiprtc.so, such as /opt/rocm/lib, or use toolchain zig, which is `pip install ziglang`"
         ) from None
     return hiprtc

@@ -7,7 +7,7 @@ from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS, Target, find_target
 
 ARCHS = ("gfx942", "gfx950")
-"""Architectures for which kernels are built ahead of time; for others, load() compiles them where they run."""
+"""Architectures of the shipped matrix, and those that are built for where none is named."""
 
 TP_SIZES = (1, 2, 4, 8)
 OUTPUT_DTYPES = ("fp8", "model")

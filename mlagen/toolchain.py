@@ -244,7 +244,7 @@ def _toolchain_kind(toolchain: str) -> str:
         # Not whichever is installed: what else the machine has must not decide which compiler runs.
         origin, toolchain = "MLAGEN_TOOLCHAIN", os.environ.get("MLAGEN_TOOLCHAIN") or "auto"
     if toolchain not in TOOLCHAINS:
-        raise RequestError(f"{origin}={toolchain!r} is not a toolchain; possible are {', '.join(TOOLCHAINS)}")
+        raise RequestError(f"{origin}={toolchain!r} is not a toolchain for AMD GPUs; possible are {', '.join(TOOLCHAINS)}")
     return "zig" if toolchain == "auto" else toolchain
 
 

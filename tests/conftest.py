@@ -33,6 +33,17 @@ def _missing_compiler() -> str:
     return "" if _installed("ziglang") else "ziglang"
 
 
+def _missing_cuda() -> str:
+    from mlagen import cuda_toolchain
+    from mlagen.errors import ToolchainError
+
+    try:
+        cuda_toolchain.fingerprint()
+    except ToolchainError:
+        return "nvrtc"
+    return ""
+
+
 def _missing_host() -> str:
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return "" if any(c and shutil.which(c) for c in compilers) or _installed("ziglang") else "compiler"
@@ -59,6 +70,7 @@ def _missing_vllm() -> str:
 
 _MISSING: dict[str, Callable[[], str]] = {
     "compiler": _missing_compiler,
+    "cuda": _missing_cuda,
     "host": _missing_host,
     "isa": _missing_isa,
     "gpu": _missing_gpu,

@@ -111,13 +111,12 @@ def test_build_writes_to_any_name(name, tmp_path, monkeypatch):
 
 @pytest.mark.compiler
 def test_a_compile_error_is_told_whole(tmp_path, monkeypatch, capfd):
-    generate = build.generate
+    variants = build.variants
 
     def broken(spec, target):
-        kernel = generate(spec, target)
-        return dataclasses.replace(kernel, source=kernel.source + "int unfinished(\n")
+        return [dataclasses.replace(kernel, source=kernel.source + "int unfinished(\n") for kernel in variants(spec, target)]
 
-    monkeypatch.setattr(build, "generate", broken)
+    monkeypatch.setattr(build, "variants", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = run("build", "minicpm3", "--arch", "gfx950", "--out", tmp_path / "new")
     assert said(result, 1) == ""

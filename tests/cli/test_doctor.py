@@ -46,7 +46,7 @@ def test_here(run):
     assert (done.returncode, done.stderr) == (0, "")
     found = sections(done)
     assert found["compilers"]["ziglang"]["works"]
-    assert set(found["compilers"]) == {"ziglang", "ROCm", "NVRTC", "nvcc", "host C++"}
+    assert set(found["compilers"]) == {"ziglang", "ROCm", "hiprtc", "NVRTC", "nvcc", "host C++"}
     assert set(found["drivers"]) == {"HIP", "CUDA"}
     assert found["devices"]["torch"]["works"]
     report = json.loads(done.stdout)

@@ -28,7 +28,8 @@ def workplace(tmp_path, monkeypatch):
 
     monkeypatch.setattr(build, "compile_device", compile_nothing)
     monkeypatch.setattr(toolchain, "compile_host", compile_nothing)
-    monkeypatch.delenv("MLAGEN_TOOLCHAIN", raising=False)
+    for variable in ("MLAGEN_TOOLCHAIN", "MLAGEN_CUDA_TOOLCHAIN"):
+        monkeypatch.delenv(variable, raising=False)
     folder = tmp_path / "workplace"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -44,6 +45,9 @@ def refused(*arguments) -> str:
 
 
 ALL_ARCHS = "choose one of gfx942 (MI300X, MI300A, MI325X), gfx950 (MI350X, MI355X)"
+
+NOT_AMD = "is not a toolchain for AMD GPUs; possible are auto, zig, rocm"
+NOT_NVIDIA = "is not a toolchain for NVIDIA GPUs; possible are auto, nvrtc, nvcc"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,10 @@ ALL_ARCHS = "choose one of gfx942 (MI300X, MI300A, MI325X), gfx950 (MI350X, MI35
         ("verify deepseek-r9", "did you mean deepseek-r1"),
         ("verify deepseek-r1 --tp 3", "tp is 3, but must divide"),
         ("verify deepseek-r1 --arch gfx1201", ALL_ARCHS),
-        ("build deepseek-r1 --arch sm_90", "kernels are built ahead of time for gfx942, gfx950"),
+        ("build deepseek-r1 --arch sm_90 --toolchain zig", f"toolchain='zig' {NOT_NVIDIA}"),
+        ("build deepseek-r1 --arch sm_90 --toolchain hiprtc", f"toolchain='hiprtc' {NOT_NVIDIA}"),
+        ("build deepseek-r1 --arch gfx950 --arch sm_90 --toolchain rocm", f"toolchain='rocm' {NOT_NVIDIA}"),
+        ("build deepseek-r1 --arch sm_90 --arch gfx950 --toolchain nvcc", f"toolchain='nvcc' {NOT_AMD}"),
         ("verify deepseek-r1 --device tpu", "--device tpu: expected host, cuda or hip"),
         ("verify deepseek-r1 --seed -1", "'--seed'"),
         ("verify deepseek-r1 --seed 18446744073709551616", "'--seed'"),
@@ -272,10 +279,18 @@ def test_a_manifest_that_is_a_folder():
 
 
 @pytest.mark.parametrize("name", ["gcc", "nvcc", "", "ZIG"])
-def test_an_unknown_toolchain(name, monkeypatch):
-    monkeypatch.setattr(build, "compile_device", toolchain.compile_device)
+def test_an_unknown_toolchain(name):
     words = refused("build", "minicpm3", "--toolchain", name, "--out", "new")
-    assert f"toolchain={name!r} is not a toolchain; possible are auto, zig, rocm" in words
+    assert words.startswith(f"toolchain={name!r} {NOT_AMD}")
+
+
+def test_an_unknown_toolchain_in_the_environment(monkeypatch):
+    """Only where it is asked."""
+    monkeypatch.setenv("MLAGEN_CUDA_TOOLCHAIN", "clang")
+    words = refused("build", "minicpm3", "--arch", "sm_90")
+    assert words == f"MLAGEN_CUDA_TOOLCHAIN='clang' {NOT_NVIDIA}"
+    for options in (["--arch", "sm_90", "--toolchain", "nvcc"], ["--arch", "gfx950"]):
+        assert line(run("build", "minicpm3", *options), 1) == "the request got as far as the compiler"
 
 
 # Whatever is asked

@@ -227,11 +227,11 @@ def replaced(monkeypatch):
     """Replaces the source of each kernel by what a function of its name gives."""
 
     def replace(text):
-        generate = builder.generate
+        variants = builder.variants
         monkeypatch.setattr(
             builder,
-            "generate",
-            lambda spec, target: dataclasses.replace(kernel := generate(spec, target), source=text(kernel)),
+            "variants",
+            lambda spec, target: [dataclasses.replace(kernel, source=text(kernel)) for kernel in variants(spec, target)],
         )
 
     return replace

@@ -278,7 +278,7 @@ def test_an_interrupt_leaves_nothing(workplace, monkeypatch):
 
 
 def test_an_unknown_toolchain(monkeypatch):
-    with pytest.raises(RequestError, match="toolchain='gcc' is not a toolchain; possible are auto, zig, rocm"):
+    with pytest.raises(RequestError, match="toolchain='gcc' is not a toolchain for AMD GPUs; possible are auto, zig, rocm"):
         compile_device(KERNEL, "gfx942", name="add", toolchain="gcc")
     monkeypatch.setenv("MLAGEN_TOOLCHAIN", "msvc")
     with pytest.raises(RequestError, match="MLAGEN_TOOLCHAIN='msvc' is not a toolchain"):

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 PRELUDE = """
 import json
 from programs import SPEC, generated
-from mlagen import binaries, build, toolchain
+from mlagen import binaries, build, doctor, shipped, toolchain
 from mlagen.errors import MlagenError
 from mlagen.target import find_target
 
@@ -178,7 +178,19 @@ def test_options_from_the_environment_are_in_the_key(hiprtc):
 
 @pytest.mark.parametrize(("toolchain", "variables"), [("hiprtc", {}), ("auto", {"MLAGEN_TOOLCHAIN": "hiprtc"})])
 def test_build_refuses_it(hiprtc, toolchain, variables):
-    kind, error = hiprtc(f"result = error_of(build.compile_all, [], {toolchain!r}, print)", **variables)
+    request = "shipped.request('minicpm3', 8, target)"
+    kind, error = hiprtc(f"result = error_of(build.compile_all, [{request}], {toolchain!r}, print)", **variables)
     assert kind == "RequestError"
     assert error.endswith("it is for mlagen.load(); build with zig or rocm")
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("library", ["lib", "nothing"])
+def test_doctor_finds_it_or_says_how_to_get_it(hiprtc, library):
+    found = hiprtc("result = [vars(each) for each in doctor._compilers() if each.name == 'hiprtc']", library=library)
+    if library == "lib":
+        assert [each["works"] for each in found] == [True]
+        assert found[0]["detail"].startswith("hiprtc (libhiprtc.so; ")
+    elif not found[0]["works"]:  # a system's own is always found
+        assert "failed to dlopen" in found[0]["detail"]
+        assert "pip install 'mlagen[rocm]', and install ROCm" in found[0]["remedy"]

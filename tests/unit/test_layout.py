@@ -34,8 +34,10 @@ LAYERS = (
     Layer("schedule", "schedule packing", "lowering"),  # how it is done
     Layer("codegen", "abi codegen", "spec schedule"),
     Layer(
-        "binaries", "toolchain cuda_toolchain hiprtc_toolchain machine_code cache manifest drivers", "target"
-    ),  # binaries: never the IR
+        "binaries",  # never the IR
+        "toolchain cuda_toolchain hiprtc_toolchain compilers machine_code resource_usage cache manifest drivers",
+        "target",
+    ),
     Layer("arguments", "arguments", "spec torch"),
     Layer("runtime", "binaries runtime", "codegen binaries arguments"),  # joins both
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it
