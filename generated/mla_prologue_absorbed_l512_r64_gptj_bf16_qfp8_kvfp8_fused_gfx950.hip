@@ -86,6 +86,8 @@ MLAGEN_DEVICE void barrier()
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
 
+MLAGEN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
+
 MLAGEN_DEVICE float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 // Rows may start at any element: the hardware takes unaligned accesses of any width.
@@ -287,6 +289,7 @@ struct Arguments {
     int64_t block_stride;         // of kv_cache, in elements
     int64_t entry_stride;         // of a slot within its block, in elements
     int32_t block_size;           // slots of a block
+    uint64_t block_reciprocal;    // 2^63 / block_size + 1: divides slots
     int32_t slots_int64;          // 1: slot_mapping is int64, 0: int32
 };
 
@@ -346,7 +349,8 @@ MLAGEN_DEVICE fp8_e4m3fn* q_out_row(const Arguments& args, int32_t token, int32_
 // The cache entry of slot number `slot`: columns 0 to 511 are kv_c, columns 512 to 575 are k_pe, rotated.
 MLAGEN_DEVICE fp8_e4m3fn* cache_entry(const Arguments& args, int64_t slot)
 {
-    const int64_t block = slot / args.block_size, place = slot % args.block_size;
+    const int64_t block = multiply_high(uint64_t(slot) << 1, args.block_reciprocal);  // slot / block_size
+    const int64_t place = slot - block * args.block_size;
     return args.kv_cache + block * args.block_stride + place * args.entry_stride;
 }
 
@@ -471,13 +475,14 @@ extern "C" MLAGEN_KERNEL(THREADS) void mla_prologue_absorbed_l512_r64_gptj_bf16_
     int64_t block_stride,
     int64_t entry_stride,
     int32_t block_size,
+    uint64_t block_reciprocal,
     int32_t slots_int64)
 {
     const Arguments args{
         tokens, heads, q_scale, k_scale, positions, cos, sin, cos_stride, sin_stride, max_position, positions_int64,
         cos_sin_float, q_nope, q_nope_token_stride, q_nope_head_stride, q_pe, q_pe_token_stride, q_pe_head_stride, kv_c,
         kv_c_token_stride, k_pe, k_pe_token_stride, q_out, q_out_token_stride, q_out_head_stride, slot_mapping, kv_cache,
-        block_stride, entry_stride, block_size, slots_int64,
+        block_stride, entry_stride, block_size, block_reciprocal, slots_int64,
     };
     uint32_t workgroup = workgroup_id();
 

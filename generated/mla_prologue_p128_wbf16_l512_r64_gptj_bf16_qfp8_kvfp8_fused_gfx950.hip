@@ -88,6 +88,8 @@ MLAGEN_DEVICE void barrier()
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
 
+MLAGEN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
+
 MLAGEN_DEVICE float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 // Rows may start at any element: the hardware takes unaligned accesses of any width.
@@ -273,6 +275,7 @@ struct Arguments {
     int32_t tokens;                     // T
     int32_t heads;                      // H of this rank
     int32_t token_tiles_per_workgroup;  // how many token tiles an absorb workgroup takes
+    int32_t row_workgroups;             // those before the first that absorbs
     const float* q_scale;               // [1], dequantisation scale
     const float* k_scale;               // [1], dequantisation scale
     const void* positions;              // [T]
@@ -298,6 +301,7 @@ struct Arguments {
     int64_t block_stride;               // of kv_cache, in elements
     int64_t entry_stride;               // of a slot within its block, in elements
     int32_t block_size;                 // slots of a block
+    uint64_t block_reciprocal;          // 2^63 / block_size + 1: divides slots
     int32_t slots_int64;                // 1: slot_mapping is int64, 0: int32
 };
 
@@ -357,7 +361,8 @@ MLAGEN_DEVICE fp8_e4m3fn* q_out_row(const Arguments& args, int32_t token, int32_
 // The cache entry of slot number `slot`: columns 0 to 511 are kv_c, columns 512 to 575 are k_pe, rotated.
 MLAGEN_DEVICE fp8_e4m3fn* cache_entry(const Arguments& args, int64_t slot)
 {
-    const int64_t block = slot / args.block_size, place = slot % args.block_size;
+    const int64_t block = multiply_high(uint64_t(slot) << 1, args.block_reciprocal);  // slot / block_size
+    const int64_t place = slot - block * args.block_size;
     return args.kv_cache + block * args.block_stride + place * args.entry_stride;
 }
 
@@ -374,6 +379,18 @@ constexpr uint32_t WAVE = 64;
 constexpr uint32_t WAVES = 1;  // of a workgroup
 constexpr uint32_t XCDS = 8;  // dies with an L2 of their own; workgroups are dealt to them in turn
 static_assert(CHUNKS * CHUNK >= NOPE_DIM && L_TILES % WAVES == 0);
+
+// One lane's part of a token tile of q_nope: 8 consecutive k of each chunk of one token.
+MLAGEN_DEVICE void load_query_tile(const Arguments& args, int32_t head, int32_t tile, Fragment (&q)[CHUNKS])
+{
+    const uint32_t lane = thread_id() % WAVE;
+    const int32_t k_first = lane / 16 * 8;
+    const int32_t token = tile * TOKEN_TILE + lane % 16;
+    const int32_t read_token = token < args.tokens ? token : args.tokens - 1;  // lanes past the last token read it again
+    const bf16* row =
+        args.q_nope + read_token * args.q_nope_token_stride + head * args.q_nope_head_stride;
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) q[chunk] = load_fragment(row + chunk * CHUNK + k_first);
+}
 
 // rotate_k_pe: k_pe -> rope (gptj) -> quantize to fp8_e4m3fn -> kv_cache[slot, 512:576]
 //
@@ -445,18 +462,6 @@ MLAGEN_DEVICE void copy_kv_c(const Arguments& args, uint32_t workgroup)
     quantize(to, x, inverse_scale, 448.0f);
 }
 
-// One lane's part of a token tile of q_nope: 8 consecutive k of each chunk of one token.
-MLAGEN_DEVICE void load_query_tile(const Arguments& args, int32_t head, int32_t tile, Fragment (&q)[CHUNKS])
-{
-    const uint32_t lane = thread_id() % WAVE;
-    const int32_t k_first = lane / 16 * 8;
-    const int32_t token = tile * TOKEN_TILE + lane % 16;
-    const int32_t read_token = token < args.tokens ? token : args.tokens - 1;  // lanes past the last token read it again
-    const bf16* row =
-        args.q_nope + read_token * args.q_nope_token_stride + head * args.q_nope_head_stride;
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) q[chunk] = load_fragment(row + chunk * CHUNK + k_first);
-}
-
 // absorb_q_nope: q_nope -> q_absorb -> quantize to fp8_e4m3fn -> q_out[:, :, 0:512]
 //
 // A workgroup owns one head, one latent tile for each of its waves, and token_tiles_per_workgroup tiles of tokens.  The latent
@@ -477,7 +482,7 @@ MLAGEN_DEVICE void absorb_q_nope(const Arguments& args, uint32_t workgroup)
     if (head >= args.heads) return;
     const int32_t l_tile = part;
 
-    // All of the weights first: they depend on nothing.
+    // All of the weights at once: they depend on nothing.
     constexpr int32_t TILE_FRAGMENTS = CHUNKS * M_TILES;
     constexpr int32_t FRAGMENT = WAVE * FRAGMENT_K;  // elements that the lanes load side by side
     const bf16* packed = args.w_uk + (int64_t(head) * L_TILES + l_tile) * (TILE_FRAGMENTS * FRAGMENT) + lane * FRAGMENT_K;
@@ -517,6 +522,7 @@ extern "C" MLAGEN_KERNEL(THREADS) void mla_prologue_p128_wbf16_l512_r64_gptj_bf1
     int32_t tokens,
     int32_t heads,
     int32_t token_tiles_per_workgroup,
+    int32_t row_workgroups,
     const float* q_scale,
     const float* k_scale,
     const void* positions,
@@ -542,15 +548,18 @@ extern "C" MLAGEN_KERNEL(THREADS) void mla_prologue_p128_wbf16_l512_r64_gptj_bf1
     int64_t block_stride,
     int64_t entry_stride,
     int32_t block_size,
+    uint64_t block_reciprocal,
     int32_t slots_int64)
 {
     const Arguments args{
-        w_uk, q_nope, q_nope_token_stride, q_nope_head_stride, tokens, heads, token_tiles_per_workgroup, q_scale, k_scale,
-        positions, cos, sin, cos_stride, sin_stride, max_position, positions_int64, cos_sin_float, q_pe, q_pe_token_stride,
-        q_pe_head_stride, kv_c, kv_c_token_stride, k_pe, k_pe_token_stride, q_out, q_out_token_stride, q_out_head_stride,
-        slot_mapping, kv_cache, block_stride, entry_stride, block_size, slots_int64,
+        w_uk, q_nope, q_nope_token_stride, q_nope_head_stride, tokens, heads, token_tiles_per_workgroup, row_workgroups,
+        q_scale, k_scale, positions, cos, sin, cos_stride, sin_stride, max_position, positions_int64, cos_sin_float, q_pe,
+        q_pe_token_stride, q_pe_head_stride, kv_c, kv_c_token_stride, k_pe, k_pe_token_stride, q_out, q_out_token_stride,
+        q_out_head_stride, slot_mapping, kv_cache, block_stride, entry_stride, block_size, block_reciprocal, slots_int64,
     };
     uint32_t workgroup = workgroup_id();
+
+    if (workgroup >= uint32_t(args.row_workgroups)) return absorb_q_nope(args, workgroup - args.row_workgroups);
 
     const uint32_t rotate_k_pe_workgroups = (uint32_t(args.tokens) * 4 + THREADS - 1) / THREADS;
     if (workgroup < rotate_k_pe_workgroups) return rotate_k_pe(args, workgroup);
@@ -560,9 +569,5 @@ extern "C" MLAGEN_KERNEL(THREADS) void mla_prologue_p128_wbf16_l512_r64_gptj_bf1
     if (workgroup < rotate_q_pe_workgroups) return rotate_q_pe(args, workgroup);
     workgroup -= rotate_q_pe_workgroups;
 
-    const uint32_t copy_kv_c_workgroups = (uint32_t(args.tokens) * 32 + THREADS - 1) / THREADS;
-    if (workgroup < copy_kv_c_workgroups) return copy_kv_c(args, workgroup);
-    workgroup -= copy_kv_c_workgroups;
-
-    absorb_q_nope(args, workgroup);
+    copy_kv_c(args, workgroup);
 }

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 from mlagen.lowering import Lowered
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Raised whenever the meaning or the order of the arguments changes; part of the identity of a compiled kernel."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One kernel argument: `kind` is "pointer", "int32" or "int64", `cpp` its C++ type, `meaning` a remark for the reader."""
+    """One kernel argument.
+
+    `kind` is "pointer", "int32", "int64" or "uint64", `cpp` its C++ type, `meaning` a remark for the reader.
+    """
 
     name: str
     kind: str
@@ -25,11 +28,11 @@ class Argument:
     @property
     def format(self) -> str:
         """Its struct-module format, little endian."""
-        return {"pointer": "Q", "int32": "i", "int64": "q"}[self.kind]
+        return {"pointer": "Q", "int32": "i", "int64": "q", "uint64": "Q"}[self.kind]
 
 
-def kernel_arguments(lowered: Lowered) -> tuple[Argument, ...]:
-    """The arguments of the kernel of a lowered program, in order."""
+def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[Argument, ...]:
+    """The arguments of the kernel of a lowered program, in order; `absorb_first` says which workgroups of the grid come first."""
     element = lowered.model_dtype.value.cpp
     sources = {segment.source: segment for segment in lowered.segments}
     arguments: list[Argument] = []
@@ -61,6 +64,10 @@ def kernel_arguments(lowered: Lowered) -> tuple[Argument, ...]:
         int32("heads", "H of this rank")
     if lowered.absorb:
         int32("token_tiles_per_workgroup", "how many token tiles an absorb workgroup takes")
+        if absorb_first:
+            int32("absorb_workgroups", "the first ones of the grid")
+        else:
+            int32("row_workgroups", "those before the first that absorbs")
     for sink in (q, kv):
         if sink and sink.quantize.scale:
             pointer(sink.quantize.scale, "const float", "[1], dequantisation scale")
@@ -86,6 +93,7 @@ def kernel_arguments(lowered: Lowered) -> tuple[Argument, ...]:
         int64("block_stride", f"of {kv.tensor}, in elements")
         int64("entry_stride", "of a slot within its block, in elements")
         int32("block_size", "slots of a block")
+        arguments.append(Argument("block_reciprocal", "uint64", "uint64_t", "2^63 / block_size + 1: divides slots"))
         int32("slots_int64", "1: slot_mapping is int64, 0: int32")
     return tuple(arguments)
 

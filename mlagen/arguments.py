@@ -152,13 +152,19 @@ class Checker:
     def cache(self, value: object) -> torch.Tensor:
         """kv_cache [blocks, block_size, L+R]; uint8 is read as the arch's fp8."""
         dtypes = (self.fp8, torch.uint8) if self.spec.kv_dtype == "fp8" else (self.model,)
-        return self.distinct_rows("kv_cache", self.tensor("kv_cache", value, (None, ">=1", self.spec.entry_dim), dtypes))
+        cache = self.distinct_rows("kv_cache", self.tensor("kv_cache", value, (None, ">=1", self.spec.entry_dim), dtypes))
+        if cache.shape[0] * cache.shape[1] ** 2 >= RECIPROCAL_ONE:
+            raise ArgumentError(f"kv_cache: {cache.shape[0]} blocks of {cache.shape[1]} slots are more than the kernel can number")
+        return cache
 
 
 WIDE = ("q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "kv_cache")
 """Arguments that point to rows, which the kernel reads and writes WIDE_BYTES at a time."""
 
 WIDE_BYTES = 16
+
+RECIPROCAL_ONE = 2**63
+"""The kernel divides slots by multiplying with RECIPROCAL_ONE // block_size + 1: exact while slot * block_size is less than this."""
 
 
 def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object], *, q_pair: bool, cos_sin_pair: bool) -> Binding:
@@ -214,6 +220,7 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
         "block_stride": cache.stride(0),
         "entry_stride": cache.stride(1),
         "block_size": cache.shape[1],
+        "block_reciprocal": RECIPROCAL_ONE // cache.shape[1] + 1,
         "slots_int64": int(slots.dtype is torch.int64),
     }
     pointers = {}

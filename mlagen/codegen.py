@@ -17,11 +17,15 @@ import jinja2
 
 from mlagen.abi import Argument, kernel_arguments
 from mlagen.dtypes import DType
+from mlagen.errors import ScheduleError
 from mlagen.ir import Program
+from mlagen.layout import Layout
 from mlagen.lowering import Lowered, Segment, Sink, lower
-from mlagen.schedule import AbsorbTiles, Pieces, Schedule, choose_schedule
+from mlagen.schedule import Pieces, Schedule, choose_schedule
 from mlagen.spec import PrologueSpec
+from mlagen.staging import Staging
 from mlagen.target import Target
+from mlagen.tiles import AbsorbTiles
 
 MARK = "// The kernel.  From here on the text is the same on every platform."
 """The line after which host and device source are the same bytes."""
@@ -45,16 +49,17 @@ class GeneratedKernel:
 
 
 @functools.cache
-def generate(spec: PrologueSpec, target: Target, *, aligned: bool = True) -> GeneratedKernel:
-    """The kernel of `spec` on `target`, with the schedule that choose_schedule gives.
+def generate(spec: PrologueSpec, target: Target, layout: Layout = Layout(), *, aligned: bool = True) -> GeneratedKernel:  # noqa: B008
+    """The kernel of `spec` on `target`, laid out as `layout` says.
 
     `aligned` promises that all rows start at multiples of 16 bytes; a target with unaligned access does not care.
     """
     aligned = aligned or target.unaligned_access
     program = spec.program(target)
     lowered = lower(program)
-    name = kernel_name(spec, target) + ("" if aligned else "_unaligned")
-    return render(name, program, lowered, choose_schedule(lowered, target), target, aligned=aligned)
+    schedule = choose_schedule(lowered, target, waves_per_workgroup=layout.waves_per_workgroup, block=layout.block)
+    name = kernel_name(spec, target) + layout.suffix + ("" if aligned else "_unaligned")
+    return render(name, program, lowered, schedule, target, aligned=aligned, dependent=layout.dependent)
 
 
 def variants(spec: PrologueSpec, target: Target) -> tuple[GeneratedKernel, ...]:
@@ -74,11 +79,23 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
 
 
 def render(
-    name: str, program: Program, lowered: Lowered, schedule: Schedule, target: Target, *, aligned: bool = True
+    name: str,
+    program: Program,
+    lowered: Lowered,
+    schedule: Schedule,
+    target: Target,
+    *,
+    aligned: bool = True,
+    dependent: bool = False,
 ) -> GeneratedKernel:
-    """Render a kernel called `name`.  `program` is only quoted in its head; the code comes from `lowered` and `schedule`."""
-    arguments = kernel_arguments(lowered)
-    context = {**_context(name, program, lowered, schedule, target, arguments), "aligned": aligned}
+    """Render a kernel called `name`.  `program` is only quoted in its head; the code comes from `lowered` and `schedule`.
+
+    A `dependent` kernel may be started before the one before it has ended.  Raises ScheduleError where the target cannot.
+    """
+    if dependent and not target.dependent_launch:
+        raise ScheduleError(f"{target.arch} starts no kernel before the one before it has ended: leave pdl out")
+    arguments = kernel_arguments(lowered, absorb_first=schedule.staging is not None)
+    context = {**_context(name, program, lowered, schedule, target, arguments), "aligned": aligned, "dependent": dependent}
     environment = _environment()
 
     def source(platform: str) -> str:
@@ -142,8 +159,12 @@ def _context(
     if kv:
         partials.append("cache_write")
     if lowered.absorb:
-        partials.append("q_absorb")
+        partials += ["q_absorb", "query_staged" if schedule.staging else "query_tile"]
     atom = target.atom(lowered.model_dtype)
+    segments = [
+        _segment_context(segment, pieces, schedule, lowered)
+        for segment, pieces in zip(lowered.segments, schedule.pieces, strict=True)
+    ]
     return {
         "kernel": name,
         "target": target,
@@ -152,15 +173,18 @@ def _context(
         "arguments": _argument_context(arguments),
         "argument_rows": _rows([argument.name for argument in arguments]),
         "partials": [f"stages/{partial}.hip.j2" for partial in partials],
-        "segments": [
-            _segment_context(segment, pieces, schedule, lowered)
-            for segment, pieces in zip(lowered.segments, schedule.pieces, strict=True)
-        ],
+        "segments": segments,
+        "absorb": next((segment for segment in segments if not segment["pieces"]), None),
+        "rows": [segment for segment in segments if segment["pieces"]],
         "rope": lowered.ropes[0] if lowered.ropes else None,
         "model": lowered.model_dtype.value.cpp,
         "atom": atom,
+        "fp8_largest": _float_literal(target.fp8.largest),
         "tiles": schedule.absorb,
+        "staging": schedule.staging,
+        "product": target.shared_product(lowered.model_dtype),
         "lanes": _lane_expressions(schedule.absorb) if schedule.absorb else None,
+        "wgmma": _wgmma_operands(schedule.staging) if schedule.staging else None,
         "q": _sink_context(q, lowered) if q else None,
         "kv": _sink_context(kv, lowered) if kv else None,
     }
@@ -199,6 +223,20 @@ def _lane_expressions(tiles: AbsorbTiles) -> Mapping[str, str]:
         "sum_token": atom.d.lane_expression("n"),
         "l_first": atom.d.lane_expression("m", scale=tiles.l_run),
         "sum": atom.d.held_number(m=f"i % {tiles.l_held}", n="column"),
+    }
+
+
+def _wgmma_operands(staging: Staging) -> Mapping[str, Any]:
+    """The operand lists of one instruction that multiplies a block: its sums, 4 for each token tile, then the weights."""
+    sums = staging.block // staging.tiles.token_tile * staging.tiles.atom.d.registers
+    return {
+        "sums": ", ".join(f"%{number}" for number in range(sums)),
+        "weights": ", ".join(f"%{sums + number}" for number in range(4)),
+        "operands": sums + 4,
+        "outputs": [
+            ", ".join(f'"+f"(sums[{tile}][m].sums[{i}])' for i in range(staging.tiles.atom.d.registers))
+            for tile in range(staging.block // staging.tiles.token_tile)
+        ],
     }
 
 

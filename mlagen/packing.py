@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlagen.errors import ScheduleError
-from mlagen.schedule import AbsorbTiles
+from mlagen.tiles import AbsorbTiles
 
 PADDING = -1
 """Marks a packed element beyond P: zero, whatever the weights are."""

@@ -169,7 +169,7 @@ class Kernel:
         launch = self.generated.schedule.launch(self.generated.lowered.segments, bound.tokens, self.spec.heads)
         if launch.grid * self._threads > MAX_WORK_ITEMS:
             raise ArgumentError(f"q: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
-        numbers = {**bound.values, "token_tiles_per_workgroup": launch.token_tiles_per_workgroup}
+        numbers = {**bound.values, **launch.values}
         names = [argument.name for argument in self.generated.arguments]
         holes = tuple((place, *bound.pointers[name]) for place, name in enumerate(names) if name in bound.pointers)
         wide = tuple(place for place, name in enumerate(names) if name in bound.wide)

@@ -196,13 +196,35 @@ def _mma_m16n8k16(operand: str) -> MmaAtom:
 
 
 @dataclass(frozen=True)
+class SharedProduct:
+    """A product whose B operand lies in shared memory: `waves` waves issue it together, each for the rows that it holds.
+
+    What a wave brings of A and gets of D are the registers of the target's matrix instruction, one after another along n; `blocks`
+    are the n that one instruction may cover.  B lies in octets: 8 consecutive k of 8 columns, a column after the other.
+    `instruction` is the PTX instruction, with the n left open.
+    """
+
+    instruction: str
+    waves: int
+    blocks: tuple[int, ...]
+
+
+def _wgmma(operand: str) -> SharedProduct:
+    """Hopper's wgmma m64nNk16 with A in registers: a warp's 16 of the 64 rows lie as in m16n8k16.
+
+    Source: PTX ISA, sections on wgmma.mma_async and on its register and shared memory fragments (no swizzle, K-major).
+    """
+    return SharedProduct(f"wgmma.mma_async.sync.aligned.m64n{{n}}k16.f32.{operand}.{operand}", 4, (8, 16, 24, 32, 48, 64))
+
+
+@dataclass(frozen=True)
 class Target:
     """One GPU architecture.
 
     `platform` names the device library and the driver: "amd" or "nvidia".  `registers_per_lane` counts one SIMD lane's file (on AMD
     architectural plus accumulation registers), `registers_per_wave_lane` what one wave may use of it; `xcds` are the dies that
     workgroups are dealt to in turn, each with its own L2; `hbm_bytes_per_second` is the data sheet's peak; `unaligned_access` says
-    whether a wide access may start at any address.
+    whether a wide access may start at any address; with `dependent_launch` a kernel may start before the one before it has ended.
     """
 
     arch: str
@@ -220,6 +242,8 @@ class Target:
     unaligned_access: bool
     fp8: DType
     atoms: tuple[tuple[DType, MmaAtom], ...]
+    shared_products: tuple[tuple[DType, SharedProduct], ...] = ()
+    dependent_launch: bool = False
 
     def __post_init__(self) -> None:
         if not self.fp8.is_fp8:
@@ -231,6 +255,10 @@ class Target:
     def atom(self, dtype: DType) -> MmaAtom:
         """The matrix instruction for operands of `dtype`."""
         return dict(self.atoms)[dtype]
+
+    def shared_product(self, dtype: DType) -> SharedProduct | None:
+        """The product from shared memory for operands of `dtype`, where the target has one."""
+        return dict(self.shared_products).get(dtype)
 
     def waves_per_simd(self, registers: int) -> int:
         """Waves that fit on one SIMD when each lane needs `registers`; registers are handed out in blocks of 8."""
@@ -297,6 +325,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 unaligned_access=False,
                 fp8=DType.E4M3FN,
                 atoms=((DType.BF16, _mma_m16n8k16("bf16")), (DType.FP16, _mma_m16n8k16("f16"))),
+                shared_products=((DType.BF16, _wgmma("bf16")), (DType.FP16, _wgmma("f16"))),
+                dependent_launch=True,
             ),
         )
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from mlagen.errors import MlagenError
 
 _ERROR_BYTES = 256
-_SIZES = {"pointer": 8, "int32": 4, "int64": 8}
+_SIZES = {"pointer": 8, "int32": 4, "int64": 8, "uint64": 8}
 
 
 class HostModule:

@@ -63,7 +63,11 @@ MUTATIONS = (
     Mutation("positions of one token for all", "load_index(args.positions, token,", "load_index(args.positions, 0,"),
     Mutation("int32 positions as int64", "token, args.positions_int64)", "token, 1)", workload=NARROW_POSITIONS),
     # cache
-    Mutation("slot check dropped", "    if (slot < 0) return;", ""),
+    Mutation(
+        "negative slots taken for 0",
+        "slot = load_index(args.slot_mapping, token, args.slots_int64);",
+        "slot = std::max<int64_t>(0, load_index(args.slot_mapping, token, args.slots_int64));",
+    ),
     Mutation("slot 0 taken for none", "if (slot < 0) return;", "if (slot <= 0) return;"),
     Mutation(
         "strides exchanged",

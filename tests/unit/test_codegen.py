@@ -267,7 +267,7 @@ def test_the_argument_block_is_laid_out_as_in_c(variant, arch):
     block = struct.pack(block_format(arguments), *values.values())
     at = 0
     for argument in arguments:
-        size = {"pointer": 8, "int32": 4, "int64": 8}[argument.kind]
+        size = {"pointer": 8, "int32": 4, "int64": 8, "uint64": 8}[argument.kind]
         at += -at % size
         assert int.from_bytes(block[at : at + size], "little") == values[argument.name]
         at += size

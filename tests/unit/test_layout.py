@@ -31,8 +31,9 @@ LAYERS = (
     Layer("ir", "ir", "target"),
     Layer("spec", "models spec shipped", "ir"),  # what is wanted
     Layer("lowering", "lowering", "ir"),
-    Layer("schedule", "schedule packing", "lowering"),  # how it is done
-    Layer("codegen", "abi codegen", "spec schedule"),
+    Layer("schedule", "tiles staging layout schedule packing", "lowering"),  # how it is done
+    Layer("tables", "tables model", "spec schedule"),  # which of the ways for how many tokens
+    Layer("codegen", "abi codegen", "tables"),
     Layer(
         "binaries",  # never the IR
         "toolchain cuda_toolchain hiprtc_toolchain compilers machine_code resource_usage cache manifest drivers",

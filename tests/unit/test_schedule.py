@@ -13,9 +13,10 @@ from mlagen.dtypes import DType
 from mlagen.errors import ScheduleError, TargetError
 from mlagen.lowering import Lowered, lower
 from mlagen.packing import PADDING, packed_shape, packing_index
-from mlagen.schedule import AbsorbTiles, Pieces, Schedule, choose_schedule, cut
+from mlagen.schedule import WEIGHT_REGISTERS, Pieces, Schedule, choose_schedule, cut
 from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS, Digit, FragmentMap, MmaAtom, find_target
+from mlagen.tiles import AbsorbTiles
 
 ARCHS = tuple(TARGETS)
 each_arch = pytest.mark.parametrize("arch", ARCHS)
@@ -324,9 +325,9 @@ def test_a_schedule_that_does_not_fit_is_refused(options):
 @each_arch
 @pytest.mark.parametrize("nope_dim", [16, 128, 192, 256, 512])
 def test_the_chosen_tile_fits_the_registers(arch, nope_dim):
-    """Four waves on a SIMD need 128 registers each at most, of which the weights take half; the widest P may need more."""
+    """Four waves on a SIMD need 128 registers each at most, of which the weights take half on AMD; the widest P may need more."""
     target = find_target(arch)
     tiles = choose_schedule(lowered_of(arch, nope_dim=nope_dim), target).absorb
     assert tiles is not None
-    assert tiles.registers <= target.registers_per_lane // 4 or tiles.m_tiles == 1
-    assert tiles.weight_registers <= 64 or tiles.m_tiles == 1
+    assert tiles.weight_registers <= WEIGHT_REGISTERS[target.platform] or tiles.m_tiles == 1
+    assert tiles.registers <= target.registers_per_lane // 4 or tiles.m_tiles == 1 or target.platform == "nvidia"

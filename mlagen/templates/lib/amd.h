@@ -54,6 +54,8 @@ MLAGEN_DEVICE void barrier()
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
 
+MLAGEN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
+
 MLAGEN_DEVICE float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 // Rows may start at any element: the hardware takes unaligned accesses of any width.

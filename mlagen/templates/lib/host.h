@@ -35,7 +35,7 @@ struct Lane;
 // An operation of a whole wave: reads every lane's `operand`, writes every lane's `result`.
 using WaveOperation = void (*)(Lane* lanes, int count);
 
-enum class State { READY, WAITING_FOR_WAVE, WAITING_AT_BARRIER, DONE };
+enum class State { READY, WAITING_FOR_WAVE, WAITING_FOR_GROUP, WAITING_AT_BARRIER, DONE };
 
 struct Lane {
     State state = State::DONE;
@@ -44,6 +44,7 @@ struct Lane {
     WaveOperation operation = nullptr;
     const void* operand = nullptr;
     void* result = nullptr;
+    uint32_t group_lanes = 0;
     bool started = false;
     ucontext_t start;
     jmp_buf resume_at;
@@ -107,6 +108,31 @@ MLAGEN_DEVICE uint32_t workgroup_id() { return host::current().workgroup; }
 MLAGEN_DEVICE uint32_t thread_id() { return host::current().thread; }
 MLAGEN_DEVICE void barrier() { host::wait(host::State::WAITING_AT_BARRIER); }
 
+//% if staging
+// The lanes of one group of waves arrive before any goes on.
+MLAGEN_DEVICE void group_barrier(uint32_t, uint32_t lanes)
+{
+    host::current().group_lanes = lanes;
+    host::wait(host::State::WAITING_FOR_GROUP);
+}
+
+MLAGEN_DEVICE void publish_shared() { barrier(); }
+
+MLAGEN_DEVICE uint8_t* dynamic_shared()
+{
+    MLAGEN_SHARED uint8_t shared[${target.lds_bytes}];
+    return shared;
+}
+
+//% endif
+//% if dependent
+// Here kernels run one after another.
+MLAGEN_DEVICE void dependents_may_start() {}
+MLAGEN_DEVICE void wait_for_previous() {}
+
+//% endif
+MLAGEN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
+
 MLAGEN_DEVICE uint32_t uniform(uint32_t value) { return host::with_wave<uint32_t, uint32_t>(host::first_of_wave, value); }
 
 MLAGEN_DEVICE uint32_t shuffle(uint32_t value, uint32_t source)
@@ -142,6 +168,16 @@ MLAGEN_DEVICE Fragment load_fragment(const void* from)
 }
 
 MLAGEN_DEVICE Fragment load_weights(const void* from) { return load_fragment(from); }
+
+//% if staging
+MLAGEN_DEVICE void store_shared(void* to, uint32_t word, bool wanted)
+{
+    if (wanted) std::memcpy(to, &word, sizeof word);
+}
+
+MLAGEN_DEVICE Fragment load_shared(const void* from) { return load_fragment(from); }
+
+//% endif
 
 // x within [-limit, limit]; NaN stays NaN.
 MLAGEN_DEVICE float saturate(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }

@@ -33,6 +33,9 @@ public:
                 for (int i = first; i < first + WAVE; ++i) done += lanes_[i].state == State::DONE;
             }
             if (done == THREADS) return nullptr;
+            if (release_groups()) continue;
+            for (const Lane& lane : lanes_)
+                if (lane.state == State::WAITING_FOR_GROUP) return "a barrier that not all lanes of the group of waves reach";
             // Every lane that is left waits at the barrier, and so all of them go on.
             for (Lane& lane : lanes_)
                 if (lane.state == State::WAITING_AT_BARRIER) lane.state = State::READY;
@@ -40,6 +43,24 @@ public:
     }
 
 private:
+    // Lets the groups of waves go on whose lanes have all arrived at their barrier; true if there was one.
+    bool release_groups()
+    {
+        bool released = false;
+        for (size_t first = 0; first < lanes_.size(); ++first) {
+            const size_t lanes = lanes_[first].group_lanes;
+            if (lanes_[first].state != State::WAITING_FOR_GROUP || first % lanes) continue;
+            const auto begin = lanes_.begin() + first, end = begin + lanes;
+            const auto waits = [&](const Lane& each) {
+                return each.state == State::WAITING_FOR_GROUP && each.group_lanes == lanes;
+            };
+            if (!std::all_of(begin, end, waits)) continue;
+            for (size_t i = first; i < first + lanes; ++i) lanes_[i].state = State::READY;
+            released = true;
+        }
+        return released;
+    }
+
     // Runs one wave until every lane is at a barrier or done.
     static const char* run_wave(Lane* lanes)
     {

@@ -38,6 +38,35 @@ MLAGEN_DEVICE uint32_t shuffle(uint32_t value, uint32_t source) { return __shfl_
 // All warps of the block arrive before any goes on; what they wrote to shared memory before is seen after.
 MLAGEN_DEVICE void barrier() { __syncthreads(); }
 
+//% if staging
+// The lanes of one group of waves arrive before any goes on.  Barrier 0 is that of all.
+MLAGEN_DEVICE void group_barrier(uint32_t group, uint32_t lanes)
+{
+    asm volatile("bar.sync %0, %1;" :: "r"(group + 1), "r"(lanes) : "memory");
+}
+
+// What the block wrote to shared memory is seen by all of it, and by the unit that multiplies from there.
+MLAGEN_DEVICE void publish_shared()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+}
+
+// The shared memory whose size the launch gives.
+extern __shared__ uint4 launched_shared[];
+MLAGEN_DEVICE uint8_t* dynamic_shared() { return reinterpret_cast<uint8_t*>(launched_shared); }
+
+//% endif
+//% if dependent
+// The next kernel of the stream may start, if it was launched so.
+MLAGEN_DEVICE void dependents_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// The kernel before has ended, and what it wrote is seen.
+MLAGEN_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+//% endif
+MLAGEN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+
 MLAGEN_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // This hardware takes no unaligned access.
@@ -98,18 +127,50 @@ MLAGEN_DEVICE void store_words(void* to, const uint32_t (&words)[N])
     }
 }
 
+//% if aligned
+// volatile: it is asked for where the kernel says so, not where it is first needed.
+MLAGEN_DEVICE Fragment load_fragment(const void* from)
+{
+    Fragment four;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(four.words[0]), "=r"(four.words[1]), "=r"(four.words[2]), "=r"(four.words[3])
+        : "l"(from));
+    return four;
+}
+
+//% else
 MLAGEN_DEVICE Fragment load_fragment(const void* from) { return load_as<Fragment>(from); }
 
-// Packed weights are always aligned, and nobody writes them while the kernel runs.
+//% endif
+
+// Packed weights are always aligned, nobody writes them while the kernel runs, and no other wave of the multiprocessor wants them.
+// volatile: they are asked for where the kernel says so, before anything else.
 MLAGEN_DEVICE Fragment load_weights(const void* from)
 {
-    const uint4 four = __ldg(static_cast<const uint4*>(from));
-    return {four.x, four.y, four.z, four.w};
+    Fragment four;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(four.words[0]), "=r"(four.words[1]), "=r"(four.words[2]), "=r"(four.words[3])
+        : "l"(from));
+    return four;
 }
+
+//% if staging
+// Predicated: behind a branch, the loads of the words that follow would wait for it.
+MLAGEN_DEVICE void store_shared(void* to, uint32_t word, bool wanted)
+{
+    asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted st.shared.b32 [%0], %1; }"
+        :: "r"(uint32_t(__cvta_generic_to_shared(to))), "r"(word), "r"(uint32_t(wanted))
+        : "memory");
+}
+
+MLAGEN_DEVICE Fragment load_shared(const void* from) { return *static_cast<const Fragment*>(from); }
+
+//% endif
 
 // x within [-limit, limit]; NaN stays NaN.
 MLAGEN_DEVICE float saturate(float x, float limit)
 {
+    if (limit == ${fp8_largest}) return x;  // the conversion itself saturates at the format's limit
     float y;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(-limit));
