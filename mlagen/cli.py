@@ -5,8 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import re
-import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +16,21 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-from mlagen import __version__, cli_tools
+from mlagen import __version__, cli_bench, cli_tools
+from mlagen.cli_options import (
+    Archs,
+    AsJson,
+    Fp8Max,
+    KvDtype,
+    Model,
+    QDtype,
+    Rounding,
+    Tp,
+    Weight,
+    gpu_arch,
+    parse_tokens,
+    plain_console,
+)
 from mlagen.errors import BuildError, MlagenError, RequestError, VerificationError
 from mlagen.models import PRESETS
 from mlagen.shipped import ARCHS, Request, representative, request, shipped_matrix
@@ -26,7 +38,6 @@ from mlagen.target import find_target
 
 GENERATED = Path("generated")
 INTERRUPTED = 130
-MAX_VERIFY_TOKENS = 65536
 MAX_VERIFY_ROWS = 1 << 16
 """Tokens times heads; the oracle takes about 70 KB for each."""
 
@@ -38,16 +49,7 @@ app = typer.Typer(
     help="Compile the MLA decode prologue of a model into one fused GPU kernel.",
 )
 
-Model = Annotated[str, typer.Argument(help="A preset (see `mlagen models`), a config.json, or a folder that holds one.")]
-Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size: the heads are divided by it.")]
-Archs = Annotated[list[str] | None, typer.Option("--arch", help=f"GPU architecture; may be repeated. Default: {', '.join(ARCHS)}.")]
-Weight = Annotated[str | None, typer.Option(help="Type of W_UK: the model's (default), or none: q_nope arrives absorbed.")]
-QDtype = Annotated[str, typer.Option("--q-dtype", help="fp8, or the model's dtype: bf16, fp16.")]
-KvDtype = Annotated[str, typer.Option("--kv-dtype", help="fp8, or the model's dtype: bf16, fp16.")]
-Rounding = Annotated[str, typer.Option(help="fused: fp32 up to the end; stepwise: round where separate operators would.")]
-Fp8Max = Annotated[float | None, typer.Option("--fp8-max", help="Saturate fp8 below the format's limit (vLLM: 224 on gfx942).")]
 OUT_HELP = "Folder for NAME.hip, NAME.co or, for NVIDIA, NAME.cubin, and manifest.json. Default: build/"
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _folder(text: str) -> Path:
@@ -59,11 +61,6 @@ def _folder(text: str) -> Path:
 def _requests(model: str, tp: int, archs: list[str] | None, **options: Any) -> list[Request]:
     targets = [find_target(arch) for arch in dict.fromkeys(archs or ARCHS)]
     return [request(model, tp, target, **options) for target in targets]
-
-
-def _console() -> Console:
-    """Standard output; wide enough for every table where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False, emoji=False)
 
 
 @app.command()
@@ -78,7 +75,7 @@ def models(as_json: AsJson = False) -> None:
     for name, shape in PRESETS.items():
         numbers = map(str, (shape.heads, shape.nope_dim, shape.lora_rank, shape.rope_dim))
         table.add_row(name, *numbers, shape.rope_style, shape.dtype, shape.source)
-    _console().print(table)
+    plain_console().print(table)
 
 
 @app.command()
@@ -163,7 +160,7 @@ def verify(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random inputs.")] = 0,
 ) -> None:
     """Run a model's kernels on random inputs and compare every byte with the oracle."""
-    counts = _parse_tokens(tokens)
+    counts = parse_tokens(tokens)
     if device not in ("host", "cuda", "hip"):
         raise RequestError(f"--device {device}: expected host, cuda or hip")
     try:
@@ -172,13 +169,13 @@ def verify(
     except ModuleNotFoundError as error:
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
     options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    requests = _requests(model, tp, arch if device == "host" else [_gpu_arch(device, arch)], **options)
+    requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
     heads = requests[0].spec.heads
     if max(counts) * heads > MAX_VERIFY_ROWS:
         raise RequestError(
             f"--tokens {tokens}: with {heads} heads at most {MAX_VERIFY_ROWS // heads} fit into memory; raise --tp or ask for fewer"
         )
-    console, failed = _console(), 0
+    console, failed = plain_console(), 0
     for each in requests:
         table = Table(
             box=None,
@@ -199,31 +196,6 @@ def verify(
     print("max error: in stored values, before the scale; ok: rounding explains every element")
     if failed:
         raise VerificationError(f"{failed} of the comparisons above failed: the oracle does not explain what the kernel wrote")
-
-
-def _gpu_arch(device: str, archs: list[str] | None) -> str:
-    """The architecture of torch's current GPU.  Raises RequestError where it is not of the kind, or not the one, that was named."""
-    import torch
-
-    from mlagen.runtime import device_arch
-
-    platform = "hip" if torch.version.hip else "cuda"
-    if not torch.cuda.is_available():
-        raise RequestError(f"--device {device}: torch {torch.__version__} sees no GPU; `mlagen doctor` says what is missing")
-    if platform != device:
-        raise RequestError(f"--device {device}: this torch is built for {platform}; use --device {platform}")
-    arch = device_arch(torch.cuda.current_device())
-    if archs and archs != [arch]:
-        raise RequestError(f"--arch {' '.join(archs)}: the GPU is a {arch}; leave --arch out")
-    return arch
-
-
-def _parse_tokens(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,9}", part) and int(part) <= MAX_VERIFY_TOKENS for part in parts):
-        allowed = f"numbers from 0 to {MAX_VERIFY_TOKENS} separated by commas, like 1,16,64"
-        raise RequestError(f"--tokens is {reprlib.repr(text)}, but must be {allowed}")
-    return [int(part) for part in parts]
 
 
 @app.command()
@@ -290,7 +262,7 @@ def _tally(counts: Any, unit: str) -> str:
 
 def _print_kernels(kernels: Mapping[str, Entry], *kinds: Cells) -> None:
     """Tables of each kind where they fit the terminal, else a paragraph for each kernel: names of kernels are long."""
-    console = _console()
+    console = plain_console()
     tables = []
     for cells in kinds:
         for platform in RESOURCE_COLUMNS:
@@ -319,6 +291,7 @@ def _kernel_table(rows: Mapping[str, dict[str, str]]) -> Table:
     return table
 
 
+app.command()(cli_bench.bench)
 app.command()(cli_tools.doctor)
 app.add_typer(cli_tools.cache, name="cache")
 

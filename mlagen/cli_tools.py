@@ -5,16 +5,16 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mlagen.cli_options import AsJson
 from mlagen.errors import MlagenError
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DIGEST_LETTERS = 12
 
 cache = typer.Typer(no_args_is_help=True, help="Look after the cache of compiled kernels.")

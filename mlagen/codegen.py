@@ -27,6 +27,9 @@ from mlagen.staging import Staging
 from mlagen.target import Target
 from mlagen.tiles import AbsorbTiles
 
+FLOOR_THREADS = (128, 256, 512)
+"""Lanes of a workgroup of each of the streaming floor's kernels."""
+
 MARK = "// The kernel.  From here on the text is the same on every platform."
 """The line after which host and device source are the same bytes."""
 
@@ -105,6 +108,26 @@ def render(
         return re.sub(r"\n{3,}", "\n\n", text)
 
     return GeneratedKernel(name, target.arch, source(target.platform), source("host"), lowered, schedule, arguments)
+
+
+def floor_arguments() -> tuple[Argument, ...]:
+    """The arguments of the streaming floor: what it reads, then what it writes, in pieces of 16 bytes."""
+    arguments = []
+    for name, const in {"w_uk": "const ", "q": "const ", "kv_c": "const ", "k_pe": "const ", "q_out": "", "entries": ""}.items():
+        arguments.append(Argument(name, "pointer", f"{const}uint8_t*", "read" if const else "written"))
+        arguments.append(Argument(f"{name}_pieces", "int32", "uint32_t", f"of {name}"))
+    return (*arguments, Argument("workgroups", "int32", "uint32_t", "of this launch"))
+
+
+@functools.cache
+def floor_source(target: Target, platform: str | None = None) -> str:
+    """Kernels that a time is compared with: mlagen_empty, which does nothing, with workgroups of FLOOR_THREADS[0], and for each N
+    of FLOOR_THREADS mlagen_stream_N, which only reads and writes.  `platform` is the target's own, or "host".
+    """
+    context = {"target": target, "aligned": True, "threads_choices": FLOOR_THREADS}
+    library = _environment().get_template(f"lib/{platform or target.platform}.h").render(context)
+    arguments = _argument_context(floor_arguments())
+    return _environment().get_template("bench/floor.hip.j2").render(context, platform=library, arguments=arguments)
 
 
 @functools.cache

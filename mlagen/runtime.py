@@ -256,11 +256,15 @@ def _load_variant(spec: PrologueSpec, target: Target, device: torch.device, bund
         from mlagen.drivers.host import HostModule
 
         return HostModule(host_library(spec, generated), [argument.kind for argument in generated.arguments])
-    binary = device_binary(spec, generated, target, bundle)
+    return open_module(device_binary(spec, generated, target, bundle), generated.name, target, device)
+
+
+def open_module(binary: bytes, kernel: str, target: Target, device: torch.device) -> Module:
+    """`kernel` of a code object or cubin for `target`, loaded on a GPU.  Raises as the target's driver does."""
     if target.platform == "nvidia":
         from mlagen.drivers.cuda import CudaModule
 
-        return CudaModule(binary, generated.name, device.index)
+        return CudaModule(binary, kernel, device.index)
     from mlagen.drivers.hip import HipModule
 
-    return HipModule(binary, generated.name, device.index)
+    return HipModule(binary, kernel, device.index)

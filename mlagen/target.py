@@ -4,7 +4,7 @@ Matrix instructions are described by their lane maps, and the maps prove themsel
 arithmetic, the packing of the weights and the host emulation all derive from the same few numbers.
 
 Sources: AMD Instinct MI300 and CDNA4 instruction set architecture guides (register files, LDS, matrix instructions and their
-register layouts), AMD's product data sheets (compute units, XCDs, HBM bandwidth).
+register layouts), AMD's product data sheets (compute units, XCDs, caches, HBM bandwidth).
 """
 
 import itertools
@@ -223,8 +223,9 @@ class Target:
 
     `platform` names the device library and the driver: "amd" or "nvidia".  `registers_per_lane` counts one SIMD lane's file (on AMD
     architectural plus accumulation registers), `registers_per_wave_lane` what one wave may use of it; `xcds` are the dies that
-    workgroups are dealt to in turn, each with its own L2; `hbm_bytes_per_second` is the data sheet's peak; `unaligned_access` says
-    whether a wide access may start at any address; with `dependent_launch` a kernel may start before the one before it has ended.
+    workgroups are dealt to in turn, each with its own L2; `last_cache_bytes` is the size of the cache before memory, which is AMD's
+    Infinity Cache and the L2 of an H200; `hbm_bytes_per_second` is the data sheet's peak; `unaligned_access` says whether a wide
+    access may start at any address; with `dependent_launch` a kernel may start before the one before it has ended.
     """
 
     arch: str
@@ -238,6 +239,7 @@ class Target:
     lds_bytes: int
     compute_units: int
     xcds: int
+    last_cache_bytes: int
     hbm_bytes_per_second: float
     unaligned_access: bool
     fp8: DType
@@ -281,6 +283,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 lds_bytes=64 * 1024,
                 compute_units=304,
                 xcds=8,
+                last_cache_bytes=256 << 20,
                 hbm_bytes_per_second=5.3e12,
                 unaligned_access=True,
                 fp8=DType.E4M3FNUZ,
@@ -301,6 +304,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 lds_bytes=160 * 1024,
                 compute_units=256,
                 xcds=8,
+                last_cache_bytes=256 << 20,
                 hbm_bytes_per_second=8.0e12,
                 unaligned_access=True,
                 fp8=DType.E4M3FN,
@@ -321,6 +325,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 lds_bytes=227 * 1024,
                 compute_units=132,
                 xcds=1,
+                last_cache_bytes=60 << 20,
                 hbm_bytes_per_second=4.8e12,
                 unaligned_access=False,
                 fp8=DType.E4M3FN,

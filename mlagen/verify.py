@@ -129,17 +129,33 @@ def compare_case(spec: PrologueSpec, target: Target, case: Case) -> list[Compari
     q_written = torch.zeros(q_out.shape, dtype=torch.bool)
     q_written[:, : spec.heads] = True
     q_stray, kv_stray = case.q_out.stray_bytes(q_written), case.kv_cache.stray_bytes(cache_written)
-    q_actual, kv_actual = q_out[:, : spec.heads], cache[block, place]
     kept_entry = entry.map(lambda end: end[kept])
+    return compare_outputs(spec, q, kept_entry, q_out[:, : spec.heads], cache[block, place], q_stray=q_stray, kv_stray=kv_stray)
+
+
+def compare_outputs(
+    spec: PrologueSpec,
+    q: Bounded,
+    entry: Bounded,
+    q_out: torch.Tensor,
+    entries: torch.Tensor,
+    *,
+    q_stray: int = 0,
+    kv_stray: int = 0,
+) -> list[Comparison]:
+    """q_out [T,H,L+R] and cache entries [kept,L+R] that a kernel wrote against the oracle's, part by part, on their device.
+
+    The strays are counts of bytes that it wrote elsewhere.
+    """
     nope, pe = slice(0, spec.lora_rank), slice(spec.lora_rank, spec.entry_dim)
     verbatim = spec.rope_style == "none"
     comparisons = [
-        _compare("q_out nope", q, q_actual, nope, q_stray, must_be_exact=not spec.absorbs),
-        _compare("kv_cache nope", kept_entry, kv_actual, nope, kv_stray, must_be_exact=True),
+        _compare("q_out nope", q, q_out, nope, q_stray, must_be_exact=not spec.absorbs),
+        _compare("kv_cache nope", entry, entries, nope, kv_stray, must_be_exact=True),
     ]
     if spec.rope_dim:
-        comparisons.insert(1, _compare("q_out pe", q, q_actual, pe, 0, must_be_exact=verbatim))
-        comparisons.append(_compare("kv_cache pe", kept_entry, kv_actual, pe, 0, must_be_exact=verbatim))
+        comparisons.insert(1, _compare("q_out pe", q, q_out, pe, 0, must_be_exact=verbatim))
+        comparisons.append(_compare("kv_cache pe", entry, entries, pe, 0, must_be_exact=verbatim))
     return comparisons
 
 

@@ -63,7 +63,7 @@ def test_the_version():
     assert said(run("--version")) == f"mlagen {mlagen.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["models", "build", "verify", "inspect"])
+@pytest.mark.parametrize("command", ["models", "build", "verify", "bench", "inspect"])
 def test_every_command_has_help(command):
     assert f"mlagen {command} " in said(run(command, "-h")) == said(run(command, "--help"))
 

@@ -42,11 +42,14 @@ LAYERS = (
     Layer("arguments", "arguments", "spec torch"),
     Layer("runtime", "binaries runtime", "codegen binaries arguments"),  # joins both
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it
-    Layer("top", "__init__ __main__ build verify ops doctor cli cli_tools", "runtime oracle"),
+    Layer("verify", "verify", "runtime oracle"),
+    Layer("timing", "timing", "verify"),  # one way to time: a kernel, a floor
+    Layer("peers", "peers", "timing"),  # what a kernel is timed beside
+    Layer("top", "__init__ __main__ build bench ops doctor cli cli_bench cli_options cli_tools", "peers"),
 )
 
 # Third-party packages that only these modules may import.
-ONLY_IN = {"jinja2": {"codegen"}, "typer": {"cli", "cli_tools"}, "filelock": {"cache"}}
+ONLY_IN = {"jinja2": {"codegen"}, "typer": {"cli", "cli_bench", "cli_options", "cli_tools"}, "filelock": {"cache"}}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 FILE_IDS = [str(f.relative_to(PACKAGE)) for f in FILES]

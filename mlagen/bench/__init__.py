@@ -1,0 +1,1 @@
+"""bench: mlagen beside its peers and beside the floor, over numbers of tokens; as a table, as CSV and as a plot."""

@@ -1,0 +1,31 @@
+"""A peer: another way to get a layer's prologue done, which mlagen is measured beside."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mlagen.spec import PrologueSpec
+from mlagen.target import Target
+from mlagen.timing.candidate import Candidate
+from mlagen.timing.workload import Workload
+
+
+def always(spec: PrologueSpec, target: Target) -> str:
+    """For a peer that every spec fits."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a peer is called, what it is, and how to run it.
+
+    `missing` names in one word what it lacks here, and `misfit` says what of a spec it cannot do; "" if nothing.  `candidates`
+    gives the ways to run it on a workload that it fits, of which the fastest counts; it may raise whatever an installation that is
+    not as it should be makes it raise.  `weight_bytes` is the size of an element of its W_UK, None where it takes the workload's.
+    """
+
+    name: str
+    description: str
+    missing: Callable[[Target], str]
+    misfit: Callable[[PrologueSpec, Target], str]
+    candidates: Callable[[Workload], Sequence[Candidate]]
+    weight_bytes: int | None = None

@@ -1,0 +1,37 @@
+"""A candidate: one way to do a layer's work, ready to be recorded, checked and timed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mlagen.runtime import Kernel
+from mlagen.timing.check import Check, explained
+from mlagen.timing.workload import BLOCK_SIZE, Workload
+
+Launch = Callable[[int], torch.Tensor]
+"""Enqueues one layer's work on the current stream, without waiting, and returns the tensor that will hold its result."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`launch` does the work of any of the workload's layers, `check` judges its result; `name` tells apart those of one method."""
+
+    name: str
+    launch: Launch
+    check: Check
+
+
+def kernel_candidate(kernel: Kernel, workload: Workload) -> Candidate:
+    """A kernel of mlagen's, with each layer's weights packed as it wants them."""
+    packed = [kernel.pack_weights(w_uk) for w_uk in workload.w_uk]
+    caches = [cache.view(-1, BLOCK_SIZE, workload.spec.entry_dim) for cache in workload.caches]
+    out = workload.empty(workload.spec.entry_dim, workload.q_dtype)
+
+    def launch(layer: int) -> torch.Tensor:
+        return kernel(
+            workload.q, workload.kv_c, workload.k_pe, packed[layer] if packed else None, caches[layer], workload.slot_mapping,
+            workload.positions, workload.cos_sin_cache, q_scale=workload.q_scale, k_scale=workload.k_scale, out=out,
+        )  # fmt: skip
+
+    return Candidate(kernel.generated.name, launch, explained)

@@ -1,0 +1,85 @@
+"""The floors: an empty kernel, and kernels that only read and write what a prologue must, on the grids that suit a GPU."""
+
+import struct
+
+import torch
+
+from mlagen import cuda_toolchain, toolchain
+from mlagen.abi import block_format
+from mlagen.binaries import jit_allowed
+from mlagen.codegen import FLOOR_THREADS, floor_arguments, floor_source
+from mlagen.errors import MissingKernelError
+from mlagen.runtime import Module, open_module
+from mlagen.target import Target
+from mlagen.timing.candidate import Candidate
+from mlagen.timing.check import nothing
+from mlagen.timing.workload import Workload
+
+PIECE_BYTES = 16
+WORKGROUPS_PER_UNIT = (0.5, 1, 2, 4, 8)
+"""For each compute unit; which is best depends on how many bytes there are."""
+
+
+class Floor:
+    """The floors of one GPU; its kernels are compiled when they are first asked for."""
+
+    def __init__(self, target: Target, device: torch.device) -> None:
+        self._target, self._device = target, device
+        self._pack = struct.Struct(block_format(floor_arguments())).pack
+        self._binary: bytes | None = None
+        self._modules: dict[str, Module] = {}
+
+    def empty(self, workload: Workload) -> list[Candidate]:
+        """One workgroup that does nothing: what a launch costs."""
+        module, out = self._module("mlagen_empty"), workload.empty(1, workload.q_dtype)
+        block = struct.pack("<Q", out.data_ptr())
+
+        def launch(layer: int) -> torch.Tensor:
+            module.launch(1, FLOOR_THREADS[0], block)
+            return out
+
+        return [Candidate("empty", launch, nothing)]
+
+    def stream(self, workload: Workload) -> list[Candidate]:
+        """Each layer's bytes of W_UK, q, kv_c and k_pe read, and as many as q_out and the new cache entries have written."""
+        units = torch.cuda.get_device_properties(self._device).multi_processor_count
+        out = workload.empty(workload.spec.entry_dim, workload.q_dtype)
+        found = []
+        for threads in FLOOR_THREADS:
+            module = self._module(f"mlagen_stream_{threads}")
+            for share in WORKGROUPS_PER_UNIT:
+                found.append(self._stream(workload, module, out, max(1, int(units * share)), threads))
+        return found
+
+    def _stream(self, workload: Workload, module: Module, out: torch.Tensor, workgroups: int, threads: int) -> Candidate:
+        blocks = [self._pack(*self.arguments(workload, layer, out), workgroups) for layer in range(workload.layers)]
+
+        def launch(layer: int) -> torch.Tensor:
+            module.launch(workgroups, threads, blocks[layer])
+            return out
+
+        return Candidate(f"{workgroups} x {threads}", launch, nothing)
+
+    @staticmethod
+    def arguments(workload: Workload, layer: int, out: torch.Tensor) -> list[int]:
+        """Address and whole pieces of each tensor of a layer; entries are written from the cache's first row on."""
+        w_uk = workload.w_uk[layer] if workload.w_uk else None
+        entries = workload.caches[layer][: workload.tokens]
+        values = []
+        for tensor in (w_uk, workload.q, workload.kv_c, workload.k_pe, out, entries):
+            values += [0, 0] if tensor is None else [tensor.data_ptr(), tensor.nbytes // PIECE_BYTES]
+        return values
+
+    def _module(self, kernel: str) -> Module:
+        if kernel not in self._modules:
+            self._modules[kernel] = open_module(self._compiled(), kernel, self._target, self._device)
+        return self._modules[kernel]
+
+    def _compiled(self) -> bytes:
+        """Raises ToolchainError, BuildError, or MissingKernelError where MLAGEN_JIT=0."""
+        if self._binary is None:
+            if not jit_allowed():
+                raise MissingKernelError("MLAGEN_JIT=0 forbids the compiler")
+            source, compiler = floor_source(self._target), cuda_toolchain if self._target.platform == "nvidia" else toolchain
+            self._binary = compiler.compile_device(source, self._target.arch, name=f"mlagen_floor_{self._target.arch}").binary
+        return self._binary

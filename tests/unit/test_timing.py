@@ -1,0 +1,204 @@
+"""How times are taken: in turn, of work that is right, on weights that are cold."""
+
+import dataclasses
+
+import pytest
+import torch
+from clock import Clock, Replay, constant
+from helpers import small_spec
+
+from mlagen.bench.run import OWN, POISON, STREAM, Row, layers_of, measure_methods
+from mlagen.errors import MlagenError
+from mlagen.peers.eager import EAGER
+from mlagen.peers.registry import PEERS
+from mlagen.spec import PrologueSpec
+from mlagen.target import TARGETS
+from mlagen.timing import workload as workloads
+from mlagen.timing.candidate import Candidate
+from mlagen.timing.check import Oracle, explained, nothing, product, rounded
+from mlagen.timing.graphs import measure
+from mlagen.timing.workload import MAX_LAYERS, cold_layers, make_workload
+
+SM_90 = TARGETS["sm_90"]
+
+
+@pytest.fixture
+def oracle() -> Oracle:
+    return Oracle.of(make_workload(small_spec(), SM_90, 5, 2, device="cpu"), 1)
+
+
+# Clocks
+
+
+def test_recordings_take_turns_and_medians_count():
+    log = []
+    first, second = constant(torch.empty(0)), constant(torch.empty(0))
+    recordings = {
+        "first": Replay(first, 1, [9.0, 1.0, 2.0], log),
+        "second": Replay(second, 1, [4.0, 5.0, 60.0], log),
+    }
+    assert measure(recordings, 3) == {"first": 2.0, "second": 5.0}
+    assert log == [first, second] * 3
+
+
+def test_nothing_to_measure():
+    assert measure({}, 3) == {}
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("heads", "arch", "weight_bytes", "layers"),
+    [
+        (128, "sm_90", 2, 61),  # 16 MiB a layer
+        (16, "sm_90", 2, 61),
+        (16, "sm_90", 1, 120),
+        (8, "sm_90", 2, 120),
+        (16, "gfx942", 2, 256),  # the Infinity Cache is larger
+        (1, "gfx950", 2, MAX_LAYERS),
+    ],
+)
+def test_layers_are_added_until_their_weights_leave_the_cache(heads, arch, weight_bytes, layers):
+    spec = PrologueSpec(heads=heads, nope_dim=128, lora_rank=512, rope_dim=64, rope_style="gptj")
+    assert cold_layers(spec, TARGETS[arch], 61, weight_bytes) == layers
+    assert cold_layers(spec, TARGETS[arch], 2000, weight_bytes) == 2000
+    assert cold_layers(dataclasses.replace(spec, weight="none"), TARGETS[arch], 61, weight_bytes) == 61
+
+
+def test_the_smallest_weights_decide():
+    spec = PrologueSpec(heads=16, nope_dim=128, lora_rank=512, rope_dim=64, rope_style="gptj")
+    assert layers_of(spec, SM_90, [], 61) == layers_of(spec, SM_90, [EAGER], 61) == 61
+    assert layers_of(spec, SM_90, [EAGER, PEERS["aiter-triton"]], 61) == 120
+
+
+# Workloads
+
+
+@pytest.mark.parametrize("tokens", [1, 1025])
+def test_a_workload_is_what_it_says(tokens):
+    spec = small_spec(kv_dtype="bf16")
+    work = make_workload(spec, TARGETS["gfx942"], tokens, 3, device="cpu")
+    assert (work.tokens, work.layers, len(work.w_uk)) == (tokens, 3, 3)
+    assert work.q_dtype is torch.float8_e4m3fnuz
+    assert work.caches[0].dtype is torch.bfloat16
+    assert work.slot_mapping.unique().numel() == tokens
+    assert int(work.slot_mapping.max()) < work.caches[0].shape[0]
+    assert work.caches[0].shape[0] % workloads.BLOCK_SIZE == 0
+    assert not torch.equal(work.w_uk[0], work.w_uk[1])
+    again = make_workload(spec, TARGETS["gfx942"], tokens, 3, device="cpu")
+    assert torch.equal(work.q, again.q)
+    assert torch.equal(work.w_uk[2], again.w_uk[2])
+
+
+# Checks
+
+
+def perfect(oracle: Oracle) -> torch.Tensor:
+    """The oracle's own results: q_out returned, the entries in the cache."""
+    work = oracle.workload
+    cache = work.caches[oracle.layer]
+    cache.view(torch.uint8)[work.slot_mapping] = oracle.values["kv_entry"].exact.view(torch.uint8)
+    return oracle.values["q_out"].exact.clone()
+
+
+def test_the_right_result_passes_every_check(oracle):
+    result = perfect(oracle)
+    assert explained(oracle, result) == rounded(oracle, result) == nothing(oracle, result) == ""
+    assert product(oracle, oracle.values["ql_nope"].exact.to(torch.bfloat16)) == ""
+
+
+def test_a_query_that_is_not_quantised_counts_as_its_values(oracle):
+    perfect(oracle)
+    values = oracle.unrounded("q_out").to(torch.bfloat16)
+    assert rounded(oracle, values) == ""
+    assert "q_out nope" in rounded(oracle, values * 1.05)
+    assert rounded(oracle, values * 1.05, absorb_error=0.05).startswith("q_out pe")
+
+
+def spoiled(tensor: torch.Tensor, place: tuple) -> torch.Tensor:
+    """`tensor` with the fp8 codes at `place` turned round: other values of the same size."""
+    codes = tensor.clone()
+    codes.view(torch.uint8)[place] ^= 0x80
+    return codes
+
+
+@pytest.mark.parametrize("column", [0, 95, 96, 127])
+def test_one_wrong_code_is_not_explained(oracle, column):
+    wrong = spoiled(perfect(oracle), (4, 2, column))
+    assert explained(oracle, wrong).startswith("q_out nope" if column < 96 else "q_out pe")
+
+
+def test_a_wrong_row_is_not_rounding(oracle):
+    right = perfect(oracle)
+    assert rounded(oracle, spoiled(right, (0, 1))).startswith("q_out nope: a row is off by 200 %")
+    assert rounded(oracle, spoiled(right, (0, 1, slice(96, None)))).startswith("q_out pe: a row is off by 200 %")
+    assert "shape [4, 3, 96]" in rounded(oracle, right[:4])
+    assert "off by" in product(oracle, -oracle.values["ql_nope"].exact.to(torch.bfloat16))
+    work = oracle.workload
+    cache = work.caches[oracle.layer]
+    cache[work.slot_mapping[0]] = cache[work.slot_mapping[1]]
+    assert rounded(oracle, right).startswith("kv_entry nope")
+    assert explained(oracle, right).startswith("kv_cache nope")
+
+
+def test_what_nobody_wrote_is_wrong(oracle):
+    oracle.workload.caches[oracle.layer].view(torch.uint8).fill_(POISON)
+    result = oracle.workload.empty(oracle.workload.spec.entry_dim, torch.float8_e4m3fn)
+    result.view(torch.uint8).fill_(POISON)
+    assert "off by inf" in rounded(oracle, result)
+    assert explained(oracle, result)
+
+
+# Methods
+
+
+def test_each_method_is_checked_and_then_timed_in_turn(oracle):
+    clock = Clock(3.0, 2.0)
+    methods = {"one": EAGER.candidates, "two": EAGER.candidates}
+    row = measure_methods(oracle, methods, 4, clock)
+    assert row == Row(tokens=5, layers=2, us={"one": 3.0, "two": 2.0}, failures={})
+    assert clock.layers == {2}
+    one, two = clock.log[:2]
+    assert clock.log == [one, two] * 4
+
+
+def test_the_fastest_candidate_counts(oracle):
+    (right,) = EAGER.candidates(oracle.workload)
+    candidates = [dataclasses.replace(right, name=name) for name in ("slow", "fast", "middling")]
+    row = measure_methods(oracle, {"method": lambda work: candidates}, 3, Clock(5.0, 2.0, 4.0))
+    assert row.us == {"method": 2.0}
+
+
+def test_a_wrong_candidate_never_wins(oracle):
+    (right,) = EAGER.candidates(oracle.workload)
+    wrong = Candidate("wrong", constant(perfect(oracle)), rounded)  # right once, but its replay writes nothing
+    row = measure_methods(oracle, {"method": lambda work: [wrong, right]}, 3, Clock(1.0, 7.0))
+    assert row.us == {"method": 7.0}
+    row = measure_methods(oracle, {"method": lambda work: [wrong], "eager": EAGER.candidates}, 3, Clock(1.0, 7.0))
+    assert row.us == {"eager": 7.0}
+    assert row.failures["method"].startswith("wrong: q_out nope: a row is off by")
+
+
+def test_a_method_that_fails_leaves_the_others_alone(oracle):
+    def broken(work):
+        raise ImportError("no\nsuch library " + "x" * 500)
+
+    def out_of_memory(work):
+        def launch(layer):
+            raise MlagenError("no room")
+
+        return [Candidate("it", launch, nothing)]
+
+    methods = {"broken": broken, "full": out_of_memory, "none": lambda work: [], "eager": EAGER.candidates}
+    row = measure_methods(oracle, methods, 1, Clock())
+    assert row.us == {"eager": 1.0}
+    assert row.failures["broken"].startswith("ImportError: no such library xxx")
+    assert len(row.failures["broken"]) < 250
+    assert row.failures["full"] == "no room"
+    assert row.failures["none"] == "there is no way to run it"
+
+
+def test_the_ratio_to_the_floor():
+    assert Row(1, 61, {OWN: 3.0, STREAM: 2.0}, {}).ratio == 1.5
+    assert Row(1, 61, {OWN: 3.0}, {STREAM: "failed"}).ratio is None
