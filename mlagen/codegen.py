@@ -7,18 +7,16 @@ target's own, "amd" or "nvidia", and "host", where the same text follows a libra
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
-
-import jinja2
 
 from mlagen.abi import Argument, kernel_arguments
 from mlagen.dtypes import DType
 from mlagen.ir import Program
 from mlagen.lowering import Lowered, Segment, Sink, lower
+from mlagen.rendering import environment, template_texts
 from mlagen.schedule import AbsorbTiles, Pieces, Schedule, choose_schedule
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
@@ -29,15 +27,28 @@ MARK = "// The kernel.  From here on the text is the same on every platform."
 
 @dataclass(frozen=True)
 class GeneratedKernel:
-    """A kernel as text, with what a driver needs to launch it."""
+    """A kernel as text, with what a driver needs to launch it.
+
+    `texts` gives the text for "device" or "host": rendered when it is first asked for, since most who ask for a kernel need only
+    one of them, or none.
+    """
 
     name: str
     arch: str
-    source: str
-    host_source: str
     lowered: Lowered
     schedule: Schedule
     arguments: tuple[Argument, ...]
+    texts: Callable[[str], str] = field(repr=False)
+
+    @property
+    def source(self) -> str:
+        """The text for the target's compiler."""
+        return self.texts("device")
+
+    @property
+    def host_source(self) -> str:
+        """The text of the host build."""
+        return self.texts("host")
 
     @property
     def source_sha256(self) -> str:
@@ -72,53 +83,33 @@ def render(
 ) -> GeneratedKernel:
     """Render a kernel called `name`.  `program` is only quoted in its head; the code comes from `lowered` and `schedule`."""
     arguments = kernel_arguments(lowered)
-    context = {**_context(name, program, lowered, schedule, target, arguments), "aligned": aligned}
-    environment = _environment()
 
-    def source(platform: str) -> str:
-        text = environment.get_template("kernel.hip.j2").render(context, platform=_platform(platform, lowered, context))
-        if platform == "host":
-            text += environment.get_template("host_entry.cpp.j2").render(context)
-        return re.sub(r"\n{3,}", "\n\n", text)
+    @functools.cache
+    def text(build: str) -> str:
+        context = {**_context(name, program, lowered, schedule, target, arguments), "aligned": aligned}
+        platform = "host" if build == "host" else target.platform
+        rendered = environment().get_template("kernel.hip.j2").render(context, platform=_platform(platform, lowered, context))
+        if build == "host":
+            rendered += environment().get_template("host_entry.cpp.j2").render(context)
+        return re.sub(r"\n{3,}", "\n\n", rendered)
 
-    return GeneratedKernel(name, target.arch, source(target.platform), source("host"), lowered, schedule, arguments)
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template_text),
-        undefined=jinja2.StrictUndefined,
-        variable_start_string="${",
-        variable_end_string="}",
-        block_start_string="<%",
-        block_end_string="%>",
-        comment_start_string="<#",
-        comment_end_string="#>",
-        line_statement_prefix="//%",
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-
-
-def _template_text(name: str) -> str:
-    return resources.files("mlagen").joinpath("templates", *name.split("/")).read_text(encoding="utf-8")
+    return GeneratedKernel(name, target.arch, lowered, schedule, arguments, text)
 
 
 def _platform(platform: str, lowered: Lowered, context: Mapping[str, Any]) -> str:
     """The device library of a platform: primitives, element types, conversions, memory access, the matrix product."""
-    fp8 = context["target"].fp8.value.cpp
+    fp8, texts = context["target"].fp8.value.cpp, template_texts()
     parts = [
-        _environment().get_template(f"lib/{platform}.h").render(context),
-        _template_text("lib/elements.h"),
+        environment().get_template(f"lib/{platform}.h").render(context),
+        texts["lib/elements.h"],
         f"using target_fp8 = {fp8};  // the flavour of {context['target'].arch}\n",
-        _template_text(f"lib/{platform}_convert.h"),
-        _template_text("lib/access.h"),
+        texts[f"lib/{platform}_convert.h"],
+        texts["lib/access.h"],
     ]
     if lowered.absorb:
-        parts.append(_environment().get_template(f"lib/{platform}_multiply.h.j2").render(context))
+        parts.append(environment().get_template(f"lib/{platform}_multiply.h.j2").render(context))
     if platform == "host":
-        parts.append(_template_text("lib/host_launch.h"))
+        parts.append(texts["lib/host_launch.h"])
     return "\n" + "\n".join(part.rstrip() + "\n" for part in parts)
 
 

@@ -4,18 +4,23 @@ MLAGEN_CUDA_TOOLCHAIN is auto (the default), nvrtc or nvcc.
 """
 
 import functools
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlagen.errors import BuildError, RequestError, TargetError, ToolchainError
+from mlagen.libraries import identify, loaded_libraries
 
 TOOLCHAINS = ("auto", "nvrtc", "nvcc")
+
+_NVRTC = "libnvrtc.so"
 
 # As for AMD: nothing contracted, division correctly rounded (the default), so that all platforms round alike.
 _FLAGS = ("-std=c++17", "-fmad=false")
@@ -46,14 +51,54 @@ def compile_device(source: str, arch: str, *, name: str) -> CudaBinary:
 
 def fingerprint() -> tuple[str, tuple[str, ...]]:
     """Identity and flags of the compiler: what of it moves a binary.  Raises ToolchainError if there is none."""
-    return (nvrtc_identity() if _chosen() == "nvrtc" else nvcc_identity()), _FLAGS
+    if _chosen() == "nvcc":
+        return nvcc_identity(), _FLAGS
+    nvrtc_version()  # loads it
+    return _nvrtc_build(loaded_libraries((_NVRTC,))), _FLAGS
+
+
+def likely_fingerprint() -> tuple[str, tuple[str, ...]] | None:
+    """What fingerprint() most likely says, told without loading the compiler, which takes longer than a load from the disk.
+
+    A binary that is found under it was made by just that compiler.  What is compiled now belongs under fingerprint(), since
+    another library may be loaded after all.  None where there is no telling.
+    """
+    library = _wheels_nvrtc() if _wanted() in ("auto", "nvrtc") else None
+    return None if library is None else (_nvrtc_build([library]), _FLAGS)
+
+
+@functools.cache
+def _wheels_nvrtc() -> Path | None:
+    """The libnvrtc of NVIDIA's wheels, where cuda-bindings looks first; None unless there is just one."""
+    try:
+        found = importlib.util.find_spec("cuda.bindings.nvrtc") and importlib.util.find_spec("nvidia")
+    except ImportError:
+        found = None
+    folders = found.submodule_search_locations if found else None
+    libraries = {path.resolve() for folder in folders or () for path in Path(folder).glob(f"*/lib/{_NVRTC}.*")}
+    return libraries.pop() if len(libraries) == 1 else None
+
+
+def _nvrtc_build(libraries: Sequence[Path]) -> str:
+    """Which build of NVRTC this is, its built-in headers included.  Raises ToolchainError."""
+    builtins = {path.resolve() for library in libraries for path in library.parent.glob("libnvrtc-builtins.so*")}
+    try:
+        return f"NVRTC ({identify({*libraries, *builtins})})"
+    except OSError as error:
+        raise ToolchainError(f"NVRTC was replaced since this process found it ({error}): start the process again") from None
+
+
+def _wanted() -> str:
+    """auto, nvrtc or nvcc; raises RequestError."""
+    wanted = os.environ.get("MLAGEN_CUDA_TOOLCHAIN") or "auto"
+    if wanted not in TOOLCHAINS:
+        raise RequestError(f"MLAGEN_CUDA_TOOLCHAIN={wanted!r} is not a toolchain; possible are {', '.join(TOOLCHAINS)}")
+    return wanted
 
 
 def _chosen() -> str:
     """nvrtc or nvcc; raises RequestError or ToolchainError."""
-    wanted = os.environ.get("MLAGEN_CUDA_TOOLCHAIN") or "auto"
-    if wanted not in TOOLCHAINS:
-        raise RequestError(f"MLAGEN_CUDA_TOOLCHAIN={wanted!r} is not a toolchain; possible are {', '.join(TOOLCHAINS)}")
+    wanted = _wanted()
     if wanted != "auto":
         return wanted
     if _load_nvrtc() is not None:
@@ -77,7 +122,7 @@ def _load_nvrtc() -> Any:
     return nvrtc
 
 
-def nvrtc_identity() -> str:
+def nvrtc_version() -> str:
     """NVRTC's name and version.  Raises ToolchainError if it is missing."""
     nvrtc = _load_nvrtc()
     if nvrtc is None:
@@ -87,7 +132,7 @@ def nvrtc_identity() -> str:
 
 
 def _nvrtc(source: str, arch: str, name: str) -> CudaBinary:
-    identity = nvrtc_identity()
+    identity = nvrtc_version()
     nvrtc = _load_nvrtc()
     options = [f"--gpu-architecture={arch}", *_FLAGS]
 

@@ -208,9 +208,8 @@ def build_kernel(spec: PrologueSpec, arch: str, generated: GeneratedKernel, *cha
     for old, new in changes:
         assert old in source, f"not in the source of {generated.name}: {old}"
         source = source.replace(old, new)
-    kinds = [argument.kind for argument in generated.arguments]
-    module = HostModule(toolchain.compile_host(source, name=generated.name), kinds)
-    return Kernel(spec, find_target(arch), torch.device("cpu"), replace(generated, host_source=source), module)
+    module = HostModule(toolchain.compile_host(source, name=generated.name))
+    return Kernel(spec, find_target(arch), torch.device("cpu"), replace(generated, texts={"host": source}.__getitem__), module)
 
 
 def output_bytes(launch: Launch) -> torch.Tensor:

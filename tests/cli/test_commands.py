@@ -115,7 +115,7 @@ def test_a_compile_error_is_told_whole(tmp_path, monkeypatch, capfd):
 
     def broken(spec, target):
         kernel = generate(spec, target)
-        return dataclasses.replace(kernel, source=kernel.source + "int unfinished(\n")
+        return dataclasses.replace(kernel, texts=lambda _: kernel.source + "int unfinished(\n")
 
     monkeypatch.setattr(build, "generate", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

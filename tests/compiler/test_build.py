@@ -231,7 +231,7 @@ def replaced(monkeypatch):
         monkeypatch.setattr(
             builder,
             "generate",
-            lambda spec, target: dataclasses.replace(kernel := generate(spec, target), source=text(kernel)),
+            lambda spec, target: dataclasses.replace(kernel := generate(spec, target), texts=lambda _: text(kernel)),
         )
 
     return replace

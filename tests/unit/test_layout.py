@@ -32,18 +32,18 @@ LAYERS = (
     Layer("spec", "models spec shipped", "ir"),  # what is wanted
     Layer("lowering", "lowering", "ir"),
     Layer("schedule", "schedule packing", "lowering"),  # how it is done
-    Layer("codegen", "abi codegen", "spec schedule"),
+    Layer("codegen", "abi rendering codegen", "spec schedule"),
     Layer(
-        "binaries", "toolchain cuda_toolchain hiprtc_toolchain machine_code cache manifest drivers", "target"
+        "binaries", "libraries toolchain cuda_toolchain hiprtc_toolchain machine_code cache manifest drivers", "target"
     ),  # binaries: never the IR
-    Layer("arguments", "arguments", "spec torch"),
-    Layer("runtime", "binaries runtime", "codegen binaries arguments"),  # joins both
+    Layer("arguments", "arguments signature", "spec torch"),
+    Layer("runtime", "template_cache binaries plan runtime", "codegen binaries arguments"),  # joins both
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it
     Layer("top", "__init__ __main__ build verify ops doctor cli cli_tools", "runtime oracle"),
 )
 
 # Third-party packages that only these modules may import.
-ONLY_IN = {"jinja2": {"codegen"}, "typer": {"cli", "cli_tools"}, "filelock": {"cache"}}
+ONLY_IN = {"jinja2": {"rendering"}, "typer": {"cli", "cli_tools"}, "filelock": {"cache"}}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 FILE_IDS = [str(f.relative_to(PACKAGE)) for f in FILES]
