@@ -1,26 +1,34 @@
 """What the runtime costs: compiling, loading, calling, replaying.  Prints; asserts nothing.  `make bench-runtime` runs it.
 
-Compile and load times are wall clock in this process, the first render of which compiles the templates.  GPU figures need a GPU.
+Compile times are wall clock in this process, the first render of which compiles the templates; load times are those of processes
+that have done nothing before.  GPU figures need a GPU.
 """
 
+import itertools
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from mlagen import cuda_toolchain, toolchain
-from mlagen.binaries import device_binary
+from mlagen.arguments import TENSORS
 from mlagen.codegen import generate
 from mlagen.errors import MlagenError
 from mlagen.runtime import Kernel, load
 from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS, Target
+from mlagen.torch_types import torch_dtype
 
 SPEC = PrologueSpec.from_model("deepseek-r1", tp=8)
-TOKENS, CALLS, NODES = 1, 2000, 300
+TOKENS, CALLS, NODES, FRESH_LOADS = 1, 2000, 300, 5
+FRESH_LOAD = str(Path(__file__).with_name("fresh_load.py"))
 
 
 def milliseconds(action: Callable[[], object]) -> float:
@@ -30,45 +38,55 @@ def milliseconds(action: Callable[[], object]) -> float:
 
 
 def compile_and_load(target: Target) -> str:
-    """Times of one target's kernel: rendering, compiling, loading with and without an entry in a cache of its own."""
-    render = milliseconds(lambda: generate(SPEC, target))
+    """Times of one target's kernel in this process: rendering and compiling."""
     generated = generate(SPEC, target)
+    render = milliseconds(lambda: generated.source)
     compiler = cuda_toolchain if target.platform == "nvidia" else toolchain
-
-    def find() -> bytes:
-        return device_binary(SPEC, generated, target, None)
-
     try:
-        cold = milliseconds(lambda: compiler.compile_device(generated.source, generated.arch, name=generated.name))
+        compile_ = milliseconds(lambda: compiler.compile_device(generated.source, generated.arch, name=generated.name))
     except MlagenError as error:
         return f"not compiled: {error}"
+    return f"render {render:.1f} ms, compile {compile_:.0f} ms"
+
+
+def fresh_loads(where: str) -> str:
+    """Times of loads in new processes: with an empty cache, then the best of FRESH_LOADS with what that left."""
+
+    def load() -> dict[str, float]:
+        done = subprocess.run([sys.executable, FRESH_LOAD, where], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLAGEN_CACHE_DIR"] = folder
-        missed = milliseconds(find)
-        hit = statistics.median(milliseconds(find) for _ in range(20))
-    return f"render {render:.1f} ms, compile {cold:.0f} ms, cold load {missed:.0f} ms, warm load {hit:.2f} ms"
+        try:
+            cold = load()["total"]
+            warm = min((load() for _ in range(FRESH_LOADS)), key=lambda times: times["total"])
+        except subprocess.CalledProcessError as error:
+            return f"not loaded: {error.stderr.strip().splitlines()[-1]}"
+    parts = ", ".join(f"{name} {took:.1f}" for name, took in warm.items() if name != "total")
+    return f"cold load {cold:.0f} ms, warm load {warm['total']:.1f} ms ({parts})"
 
 
-def arguments(kernel: Kernel) -> dict[str, object]:
+def arguments(kernel: Kernel, tokens: int = TOKENS) -> dict[str, object]:
     """A call's tensors on the kernel's device."""
     spec, device = kernel.spec, kernel.device
-    dtype, fp8 = torch.bfloat16, torch.float8_e4m3fn
+    dtype, fp8 = torch.bfloat16, torch_dtype(kernel.target.fp8)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
     return {
-        "q": draw(TOKENS, spec.heads, spec.nope_dim + spec.rope_dim),
-        "kv_c": draw(TOKENS, spec.lora_rank),
-        "k_pe": draw(TOKENS, spec.rope_dim),
+        "q": draw(tokens, spec.heads, spec.nope_dim + spec.rope_dim),
+        "kv_c": draw(tokens, spec.lora_rank),
+        "k_pe": draw(tokens, spec.rope_dim),
         "packed": kernel.pack_weights(draw(spec.heads, spec.nope_dim, spec.lora_rank)),
         "kv_cache": torch.zeros(64, 16, spec.entry_dim, device=device, dtype=fp8),
-        "slot_mapping": torch.arange(TOKENS, device=device),
-        "positions": torch.arange(TOKENS, device=device),
+        "slot_mapping": torch.arange(tokens, device=device),
+        "positions": torch.arange(tokens, device=device),
         "cos_sin_cache": draw(4096, spec.rope_dim),
         "q_scale": torch.ones((), device=device),
         "k_scale": torch.ones((), device=device),
-        "out": torch.empty(TOKENS, spec.heads, spec.entry_dim, device=device, dtype=fp8),
+        "out": torch.empty(tokens, spec.heads, spec.entry_dim, device=device, dtype=fp8),
     }
 
 
@@ -79,9 +97,35 @@ def calls(action: Callable[[], object]) -> float:
         start = time.perf_counter()
         action()
         times.append(time.perf_counter() - start)
-        if number % 50 == 0:
+        if number % 50 == 0 and torch.cuda.is_available():
             torch.cuda.synchronize()
     return 1e6 * statistics.median(times)
+
+
+class NoLaunch:
+    """A module whose launch does nothing: what remains of a call is Python and torch."""
+
+    def parameters(self, address: int) -> int:
+        return address
+
+    def launch(self, grid: int, block: int, parameters: int) -> None:
+        pass
+
+
+def call_parts(kernel: Kernel, tensors: dict[str, object]) -> str:
+    """What a call that was seen before takes without its launch, and of that, recognising the tensors and asking where they are."""
+    module = NoLaunch()
+    silent = Kernel(kernel.spec, kernel.target, kernel.device, kernel.generated, module, lambda: module)
+    silent._on_cpu = False  # on the CPU a call also looks at the slots
+    whole = calls(lambda: silent(**tensors))
+    (form,) = (each for each in silent._forms.values() if each.recent)
+    assert form.recent is not None
+    given = [tensors[TENSORS[place]] for place in form.places]
+    matches = form.recent.matches
+    return (
+        f"without its launch {whole:.1f} us; recognising {len(given)} tensors {calls(lambda: matches(*given)):.1f} us, "
+        f"asking for their addresses {calls(lambda: list(map(torch.Tensor.data_ptr, given))):.1f} us"
+    )
 
 
 def replay(action: Callable[[], object]) -> float:
@@ -122,13 +166,21 @@ def triton_launch(count: int) -> Callable[[], object] | None:
 
 def main() -> None:
     for target in TARGETS.values():
-        print(f"{target.arch}: {compile_and_load(target)}")
+        print(f"{target.arch}: {compile_and_load(target)}; {fresh_loads(target.arch)}")
     if not torch.cuda.is_available():
-        print("no GPU: calls and graphs are not timed")
+        target = TARGETS["sm_90"]
+        kernel = Kernel(SPEC, target, torch.device("cpu"), generate(SPEC, target), NoLaunch())
+        print(f"no GPU: a call with tensors of the CPU, {call_parts(kernel, arguments(kernel))}")
         return
+    print(f"{torch.cuda.get_device_name()}: {fresh_loads('cuda')}")
     kernel = load(SPEC, "cuda")
     tensors = arguments(kernel)
-    print(f"{torch.cuda.get_device_name()}: call {calls(lambda: kernel(**tensors)):.1f} us")
+    print(f"  call: {calls(lambda: kernel(**tensors)):.1f} us; {call_parts(kernel, tensors)}")
+    others = [arguments(kernel, tokens) for tokens in (1, 2, 3, 4)]
+    turns = itertools.cycle(others)
+    print(f"  call with another number of tokens than the last: {calls(lambda: kernel(**next(turns))):.1f} us")
+    alone = {**tensors, "out": None}
+    print(f"  call without out: {calls(lambda: kernel(**alone)):.1f} us")
     count = len(kernel.generated.arguments)
     triton_call = triton_launch(count)
     if triton_call:

@@ -4,7 +4,6 @@ Arguments that the first loads depend on come first: a target that preloads kern
 front.  Strides are in elements.
 """
 
-import struct
 from dataclasses import dataclass
 
 from mlagen.lowering import Lowered
@@ -26,9 +25,9 @@ class Argument:
     meaning: str
 
     @property
-    def format(self) -> str:
-        """Its struct-module format, little endian."""
-        return {"pointer": "Q", "int32": "i", "int64": "q", "uint64": "Q"}[self.kind]
+    def word_format(self) -> str:
+        """struct-module format of the value in a word of eight bytes, little endian."""
+        return {"pointer": "<Q", "int32": "<i4x", "int64": "<q", "uint64": "<Q"}[self.kind]
 
 
 def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[Argument, ...]:
@@ -96,14 +95,3 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[A
         arguments.append(Argument("block_reciprocal", "uint64", "uint64_t", "2^63 / block_size + 1: divides slots"))
         int32("slots_int64", "1: slot_mapping is int64, 0: int32")
     return tuple(arguments)
-
-
-def block_format(arguments: tuple[Argument, ...]) -> str:
-    """struct-module format of the argument block: each value at its natural alignment, as the hardware reads it."""
-    formats, size = ["<"], 0
-    for argument in arguments:
-        width = struct.calcsize("<" + argument.format)
-        padding = -size % width
-        formats.append(f"{padding}x{argument.format}" if padding else argument.format)
-        size += padding + width
-    return "".join(formats)

@@ -100,6 +100,11 @@ class Checker:
         found = list(w_uk.shape) if isinstance(w_uk, torch.Tensor) else type(w_uk).__name__
         raise ArgumentError(f"w_uk: {found}, expected a tensor {list(shape)} as [H, P, L]; transpose it with .mT if need be")
 
+    def no_weights(self, packed: object) -> None:
+        """Nothing, where there is no absorb."""
+        if packed is not None:
+            raise ArgumentError("packed: this kernel does no absorb (weight='none'), pass None")
+
     def query(self, q: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q_nope [T,H,P] and q_pe [T,H,R] from one tensor or from a pair."""
         spec = self.spec
@@ -164,7 +169,7 @@ WIDE = ("q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "kv_cache")
 WIDE_BYTES = 16
 
 RECIPROCAL_ONE = 2**63
-"""The kernel divides slots by multiplying with RECIPROCAL_ONE // block_size + 1: exact while slot * block_size is less than this."""
+"""The kernel divides a slot by a product with RECIPROCAL_ONE // block_size + 1: exact while slot * block_size is below this."""
 
 
 def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object], *, q_pair: bool, cos_sin_pair: bool) -> Binding:
@@ -191,8 +196,8 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     if spec.absorbs:
         packed = checker.tensor("packed", given["packed"], (spec.heads, *packed_shape), (checker.model,), rows_free=False)
         views["w_uk"] = ("packed", packed)
-    elif given["packed"] is not None:
-        raise ArgumentError("packed: this kernel does no absorb (weight='none'), pass None")
+    else:
+        checker.no_weights(given["packed"])
     values: dict[str, int] = {"tokens": tokens, "heads": spec.heads}
     if spec.rope_style != "none":
         tables = checker.rotary((given["cos_sin_cache"], given["sin"]) if cos_sin_pair else given["cos_sin_cache"])

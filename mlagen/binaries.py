@@ -1,13 +1,14 @@
 """Where a kernel's binary comes from: a bundle, the disk cache, or the compiler, in this order."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlagen import toolchain
+from mlagen import cuda_toolchain, toolchain
 from mlagen.abi import ABI_VERSION
 from mlagen.cache import DiskCache, Entry, Key
 from mlagen.codegen import GeneratedKernel
@@ -17,6 +18,7 @@ from mlagen.manifest import read_manifest, sha256
 from mlagen.models import PRESETS
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
+from mlagen.template_cache import prepare_templates
 
 BundlePath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -45,12 +47,16 @@ def device_binary(spec: PrologueSpec, generated: GeneratedKernel, target: Target
     ToolchainError, BuildError, and MlagenError where the cache is not safe.
     """
     reasons = []
-    for folder in bundle_folders(bundle):
+    folders = bundle_folders(bundle)
+    if folders:
+        with contextlib.suppress(MlagenError):  # of a cache that is not safe: a bundle needs none
+            prepare_templates(DiskCache(), publish=False)
+    for folder in folders:
         found = _from_bundle(folder, generated)
         if isinstance(found, bytes):
             return found
         reasons.append(found)
-    cached = _from_cache(lambda: device_key(generated, target), lambda: _compile_device(spec, generated))
+    cached = _from_cache(lambda: _device_keys(generated, target), lambda: _compile_device(spec, generated))
     if isinstance(cached, bytes):
         return cached
     raise MissingKernelError(
@@ -61,7 +67,7 @@ def device_binary(spec: PrologueSpec, generated: GeneratedKernel, target: Target
 
 def host_library(spec: PrologueSpec, generated: GeneratedKernel) -> bytes:
     """The kernel's host build, which no bundle holds: it is for this machine.  Raises as device_binary does."""
-    cached = _from_cache(lambda: host_key(generated), lambda: _compile_host(spec, generated))
+    cached = _from_cache(lambda: iter((host_key(generated),)), lambda: _compile_host(spec, generated))
     if isinstance(cached, bytes):
         return cached
     raise MissingKernelError(
@@ -75,6 +81,14 @@ def device_key(generated: GeneratedKernel, target: Target) -> Key:
     return _key("device", generated.arch, generated.source, *fingerprint(target.arch))
 
 
+def _device_keys(generated: GeneratedKernel, target: Target) -> Iterator[Key]:
+    """Where a code object or cubin may be found: the key that is told the fastest comes first, the one to compile for last."""
+    likely = cuda_toolchain.likely_fingerprint() if target.platform == "nvidia" else None
+    if likely:
+        yield _key("device", generated.arch, generated.source, *likely)
+    yield device_key(generated, target)
+
+
 def host_key(generated: GeneratedKernel) -> Key:
     """What the kernel's host build depends on.  Raises ToolchainError."""
     return _key("host", generated.arch, generated.host_source, *toolchain.host_fingerprint())
@@ -84,18 +98,23 @@ def _key(kind: str, arch: str, source: str, compiler: str, flags: tuple[str, ...
     return Key(kind, arch, sha256(source.encode()), compiler, flags, ABI_VERSION)
 
 
-def _from_cache(key: Callable[[], Key], compile_: Callable[[], Entry]) -> bytes | str:
+def _from_cache(keys: Callable[[], Iterator[Key]], compile_: Callable[[], Entry]) -> bytes | str:
     """The binary from the disk cache or the compiler; where MLAGEN_JIT=0 and it is not there, why."""
-    cache = DiskCache()
-    if jit_allowed():
-        return cache.get(key(), compile_).binary
+    cache, jit = DiskCache(), jit_allowed()
     cache.refuse_unsafe()
+    prepare_templates(cache, publish=jit)
+    damage = ""
     try:
-        found, damage = cache.read(key())
+        for key in keys():
+            found, damage = cache.read(key)
+            if found:
+                return found.binary
     except ToolchainError as error:
+        if jit:
+            raise
         return f"the cache is not asked, since what it holds depends on the compiler: {error}"
-    if found:
-        return found.binary
+    if jit:
+        return cache.get(key, compile_).binary
     return f"its entry in the cache {cache.root} is damaged: {damage}" if damage else f"it is not in the cache {cache.root}"
 
 

@@ -97,9 +97,9 @@ def lock_timeout() -> float:
 class DiskCache:
     """The cache under one root folder.  Every method may be called from several threads and processes."""
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, layout: str = LAYOUT) -> None:
         self.root = root or cache_root()
-        self.entries_folder = self.root / LAYOUT
+        self.entries_folder = self.root / layout
 
     def get(self, key: Key, compile_: Callable[[], Entry]) -> Entry:
         """The entry of `key`; where it is missing or damaged it is compiled and published.
@@ -216,8 +216,8 @@ class DiskCache:
                 return self.read(key)[0] or complete
             _warn_once(
                 f"write {self.root}",
-                f"cache {self.root} cannot be written ({error.strerror}): every process compiles its kernels and keeps them in "
-                "memory; MLAGEN_CACHE_DIR names another folder",
+                f"cache {self.root} cannot be written ({error.strerror}): every process compiles what is missing there "
+                "and keeps it in memory; MLAGEN_CACHE_DIR names another folder",
             )
         else:
             self._sweep()

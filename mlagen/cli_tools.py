@@ -99,10 +99,12 @@ def verify() -> None:
 def clear() -> None:
     """Remove every kernel from the cache."""
     from mlagen.cache import DiskCache
+    from mlagen.template_cache import template_cache
 
     store = DiskCache()
     try:
         count = store.clear()
+        template_cache(store).clear()
     except OSError as error:
         raise MlagenError(f"cache {store.root}: cannot remove {error.filename}: {error.strerror}") from None
     print(f"removed {_kernels(count)} from {store.root}")

@@ -7,13 +7,10 @@ target's own, "amd" or "nvidia", and "host", where the same text follows a libra
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
-
-import jinja2
 
 from mlagen.abi import Argument, kernel_arguments
 from mlagen.dtypes import DType
@@ -21,9 +18,11 @@ from mlagen.errors import ScheduleError
 from mlagen.ir import Program
 from mlagen.layout import Layout
 from mlagen.lowering import Lowered, Segment, Sink, lower
+from mlagen.rendering import environment, template_texts
 from mlagen.schedule import Pieces, Schedule, choose_schedule
 from mlagen.spec import PrologueSpec
 from mlagen.staging import Staging
+from mlagen.tables import choose_ranges
 from mlagen.target import Target
 from mlagen.tiles import AbsorbTiles
 
@@ -36,15 +35,29 @@ MARK = "// The kernel.  From here on the text is the same on every platform."
 
 @dataclass(frozen=True)
 class GeneratedKernel:
-    """A kernel as text, with what a driver needs to launch it."""
+    """A kernel as text, with what a driver needs to launch it.
+
+    `texts` gives the text for "device" or "host": rendered when it is first asked for, since most who ask for a kernel need only
+    one of them, or none.
+    """
 
     name: str
     arch: str
-    source: str
-    host_source: str
     lowered: Lowered
     schedule: Schedule
     arguments: tuple[Argument, ...]
+    dependent: bool
+    texts: Callable[[str], str] = field(repr=False)
+
+    @property
+    def source(self) -> str:
+        """The text for the target's compiler."""
+        return self.texts("device")
+
+    @property
+    def host_source(self) -> str:
+        """The text of the host build."""
+        return self.texts("host")
 
     @property
     def source_sha256(self) -> str:
@@ -68,7 +81,9 @@ def generate(spec: PrologueSpec, target: Target, layout: Layout = Layout(), *, a
 def variants(spec: PrologueSpec, target: Target) -> tuple[GeneratedKernel, ...]:
     """Every kernel that a call of `spec` on `target` may need: what a bundle has to hold to do without the compiler."""
     alignments = (True,) if target.unaligned_access else (True, False)
-    return tuple(generate(spec, target, aligned=aligned) for aligned in alignments)
+    launches = (False, True) if target.dependent_launch else (False,)
+    layouts = [each.layout for dependent in launches for each in choose_ranges(spec, target, dependent=dependent)]
+    return tuple(generate(spec, target, layout, aligned=aligned) for layout in dict.fromkeys(layouts) for aligned in alignments)
 
 
 def kernel_name(spec: PrologueSpec, target: Target) -> str:
@@ -98,16 +113,18 @@ def render(
     if dependent and not target.dependent_launch:
         raise ScheduleError(f"{target.arch} starts no kernel before the one before it has ended: leave pdl out")
     arguments = kernel_arguments(lowered, absorb_first=schedule.staging is not None)
-    context = {**_context(name, program, lowered, schedule, target, arguments), "aligned": aligned, "dependent": dependent}
-    environment = _environment()
 
-    def source(platform: str) -> str:
-        text = environment.get_template("kernel.hip.j2").render(context, platform=_platform(platform, lowered, context))
-        if platform == "host":
-            text += environment.get_template("host_entry.cpp.j2").render(context)
-        return re.sub(r"\n{3,}", "\n\n", text)
+    @functools.cache
+    def text(build: str) -> str:
+        context = _context(name, program, lowered, schedule, target, arguments)
+        context |= {"aligned": aligned, "dependent": dependent}
+        platform = "host" if build == "host" else target.platform
+        rendered = environment().get_template("kernel.hip.j2").render(context, platform=_platform(platform, lowered, context))
+        if build == "host":
+            rendered += environment().get_template("host_entry.cpp.j2").render(context)
+        return re.sub(r"\n{3,}", "\n\n", rendered)
 
-    return GeneratedKernel(name, target.arch, source(target.platform), source("host"), lowered, schedule, arguments)
+    return GeneratedKernel(name, target.arch, lowered, schedule, arguments, dependent, text)
 
 
 def floor_arguments() -> tuple[Argument, ...]:
@@ -124,47 +141,27 @@ def floor_source(target: Target, platform: str | None = None) -> str:
     """Kernels that a time is compared with: mlagen_empty, which does nothing, with workgroups of FLOOR_THREADS[0], and for each N
     of FLOOR_THREADS mlagen_stream_N, which only reads and writes.  `platform` is the target's own, or "host".
     """
-    context = {"target": target, "aligned": True, "threads_choices": FLOOR_THREADS}
-    library = _environment().get_template(f"lib/{platform or target.platform}.h").render(context)
+    context = {"target": target, "aligned": True, "staging": None, "dependent": False, "threads_choices": FLOOR_THREADS}
+    context["fp8_largest"] = _float_literal(target.fp8.largest)
+    library = environment().get_template(f"lib/{platform or target.platform}.h").render(context)
     arguments = _argument_context(floor_arguments())
-    return _environment().get_template("bench/floor.hip.j2").render(context, platform=library, arguments=arguments)
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template_text),
-        undefined=jinja2.StrictUndefined,
-        variable_start_string="${",
-        variable_end_string="}",
-        block_start_string="<%",
-        block_end_string="%>",
-        comment_start_string="<#",
-        comment_end_string="#>",
-        line_statement_prefix="//%",
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-
-
-def _template_text(name: str) -> str:
-    return resources.files("mlagen").joinpath("templates", *name.split("/")).read_text(encoding="utf-8")
+    return environment().get_template("bench/floor.hip.j2").render(context, platform=library, arguments=arguments)
 
 
 def _platform(platform: str, lowered: Lowered, context: Mapping[str, Any]) -> str:
     """The device library of a platform: primitives, element types, conversions, memory access, the matrix product."""
-    fp8 = context["target"].fp8.value.cpp
+    fp8, texts = context["target"].fp8.value.cpp, template_texts()
     parts = [
-        _environment().get_template(f"lib/{platform}.h").render(context),
-        _template_text("lib/elements.h"),
+        environment().get_template(f"lib/{platform}.h").render(context),
+        texts["lib/elements.h"],
         f"using target_fp8 = {fp8};  // the flavour of {context['target'].arch}\n",
-        _template_text(f"lib/{platform}_convert.h"),
-        _template_text("lib/access.h"),
+        texts[f"lib/{platform}_convert.h"],
+        texts["lib/access.h"],
     ]
     if lowered.absorb:
-        parts.append(_environment().get_template(f"lib/{platform}_multiply.h.j2").render(context))
+        parts.append(environment().get_template(f"lib/{platform}_multiply.h.j2").render(context))
     if platform == "host":
-        parts.append(_template_text("lib/host_launch.h"))
+        parts.append(texts["lib/host_launch.h"])
     return "\n" + "\n".join(part.rstrip() + "\n" for part in parts)
 
 

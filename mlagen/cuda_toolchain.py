@@ -4,23 +4,31 @@ MLAGEN_CUDA_TOOLCHAIN is auto (the default), nvrtc or nvcc; it decides where a c
 """
 
 import functools
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlagen.errors import BuildError, RequestError, TargetError, ToolchainError
+from mlagen.libraries import identify, loaded_libraries
 from mlagen.resource_usage import split_usage
 
 TOOLCHAINS = ("auto", "nvrtc", "nvcc")
 
+_NVRTC = "libnvrtc.so"
+
 # As for AMD: nothing contracted, division correctly rounded (the default), so that all platforms round alike.
 # ptxas tells the resources; the newer ones write their options into the cubin, so that all compiles have to ask.
 _FLAGS = ("-std=c++17", "-fmad=false", "--ptxas-options=-v")
+
+# Hopper's wgmma belongs to the instructions that later architectures need not have.
+_WITH_ALL_INSTRUCTIONS = {"sm_90": "sm_90a"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ def compile_device(source: str, arch: str, *, name: str, toolchain: str = "auto"
     """
     if not re.fullmatch(r"sm_[0-9]{2,3}a?", arch):
         raise TargetError(f"arch={arch!r} is not an NVIDIA GPU architecture; sm_90, for example")
+    arch = _WITH_ALL_INSTRUCTIONS.get(arch, arch)
     if _chosen(toolchain) == "nvrtc":
         return _nvrtc(source, arch, name)
     return _nvcc(source, arch, name)
@@ -52,7 +61,41 @@ def fingerprint(toolchain: str = "auto") -> tuple[str, tuple[str, ...]]:
 
     Raises RequestError for an unknown toolchain, ToolchainError if its compiler is missing.
     """
-    return (nvrtc_identity() if _chosen(toolchain) == "nvrtc" else nvcc_identity()), _FLAGS
+    if _chosen(toolchain) == "nvcc":
+        return nvcc_identity(), _FLAGS
+    nvrtc_version()  # loads it
+    return _nvrtc_build(loaded_libraries((_NVRTC,))), _FLAGS
+
+
+def likely_fingerprint() -> tuple[str, tuple[str, ...]] | None:
+    """What fingerprint() most likely says, told without loading the compiler, which takes longer than a load from the disk.
+
+    A binary that is found under it was made by just that compiler.  What is compiled now belongs under fingerprint(), since
+    another library may be loaded after all.  None where there is no telling.
+    """
+    library = _wheels_nvrtc() if wanted("auto") in ("auto", "nvrtc") else None
+    return None if library is None else (_nvrtc_build([library]), _FLAGS)
+
+
+@functools.cache
+def _wheels_nvrtc() -> Path | None:
+    """The libnvrtc of NVIDIA's wheels, where cuda-bindings looks first; None unless there is just one."""
+    try:
+        found = importlib.util.find_spec("cuda.bindings.nvrtc") and importlib.util.find_spec("nvidia")
+    except ImportError:
+        found = None
+    folders = found.submodule_search_locations if found else None
+    libraries = {path.resolve() for folder in folders or () for path in Path(folder).glob(f"*/lib/{_NVRTC}.*")}
+    return libraries.pop() if len(libraries) == 1 else None
+
+
+def _nvrtc_build(libraries: Sequence[Path]) -> str:
+    """Which build of NVRTC this is, its built-in headers included.  Raises ToolchainError."""
+    builtins = {path.resolve() for library in libraries for path in library.parent.glob("libnvrtc-builtins.so*")}
+    try:
+        return f"NVRTC ({identify({*libraries, *builtins})})"
+    except OSError as error:
+        raise ToolchainError(f"NVRTC was replaced since this process found it ({error}): start the process again") from None
 
 
 def wanted(toolchain: str) -> str:
@@ -91,7 +134,7 @@ def _load_nvrtc() -> Any:
     return nvrtc
 
 
-def nvrtc_identity() -> str:
+def nvrtc_version() -> str:
     """NVRTC's name and version.  Raises ToolchainError if it is missing."""
     nvrtc = _load_nvrtc()
     if nvrtc is None:
@@ -101,7 +144,7 @@ def nvrtc_identity() -> str:
 
 
 def _nvrtc(source: str, arch: str, name: str) -> CudaBinary:
-    identity = nvrtc_identity()
+    identity = nvrtc_version()
     nvrtc = _load_nvrtc()
     options = [f"--gpu-architecture={arch}", *_FLAGS]
 

@@ -93,7 +93,7 @@ def _compilers() -> list[Finding]:
         _finding("ziglang", "pip install ziglang", lambda: for_amd("zig")),
         _finding("ROCm", "install ROCm's compiler; or use ziglang, which needs no ROCm", lambda: for_amd("rocm")),
         _finding("hiprtc", "pip install 'mlagen[rocm]', and install ROCm; or use ziglang, which needs neither", for_hiprtc),
-        _finding("NVRTC", "pip install 'mlagen[cuda]' nvidia-cuda-nvrtc", cuda_toolchain.nvrtc_identity),
+        _finding("NVRTC", "pip install 'mlagen[cuda]' nvidia-cuda-nvrtc", cuda_toolchain.nvrtc_version),
         _finding("nvcc", "install the CUDA toolkit; or use NVRTC, which needs none", cuda_toolchain.nvcc_identity),
         _finding(HOST_COMPILER, "install g++ or clang++, or pip install ziglang; only the CPU run needs it", for_host),
     ]

@@ -4,7 +4,6 @@ It needs no hipcc and starts no process, but it gives no assembly: what a kernel
 """
 
 import functools
-import hashlib
 import os
 import shlex
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlagen.errors import BuildError, ToolchainError
+from mlagen.libraries import identify, loaded_libraries
 
 # hiprtc includes a header of its own before the source, which needs none.  One that is too old, or too new, to know the option
 # passes it on to clang, which refuses it; there the header stays, and its names are in namespaces or begin with underscores.
@@ -84,27 +84,10 @@ def identity() -> str:
     hiprtc = _load()
     with _compiling:
         hiprtc.hiprtcDestroyProgram(_create(hiprtc, "", "empty").createRef())  # only a program loads all of the compiler
-    names, hashed = [], hashlib.sha256()
-    for path in _loaded_libraries():
-        names.append(path.name)
-        # Where a build writes an id, it is in the first page; the section table's place, which is there always, moves as well.
-        try:
-            with path.open("rb") as file:
-                hashed.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(4096))
-        except OSError as error:
-            raise ToolchainError(f"hiprtc was replaced since this process loaded it ({error}): start the process again") from None
-    return f"hiprtc ({', '.join(names)}; {hashed.hexdigest()[:16]})"
-
-
-def _loaded_libraries() -> list[Path]:
-    """The files of hiprtc that this process has loaded."""
-    found = set()
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            path = line.rstrip("\n").split(maxsplit=5)[5:]
-            if path and os.path.basename(path[0]).startswith(_LIBRARIES):
-                found.add(Path(path[0]))
-    return sorted(found)
+    try:
+        return f"hiprtc ({identify(loaded_libraries(_LIBRARIES))})"
+    except OSError as error:
+        raise ToolchainError(f"hiprtc was replaced since this process loaded it ({error}): start the process again") from None
 
 
 def _load() -> Any:

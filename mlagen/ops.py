@@ -195,8 +195,8 @@ def _fake_decode_prologue(
         _match(tokens, "k_pe", checker.tensor("k_pe", k_pe, (known, *between, wanted.rope_dim), model))
     if wanted.absorbs:
         checker.tensor("packed", packed, (heads, *packed_head), model, rows_free=False)
-    elif packed is not None:
-        raise ArgumentError("packed: this kernel does no absorb (weight='none'), pass None")
+    else:
+        checker.no_weights(packed)
     if wanted.rope_style != "none":
         checker.rotary(cos_sin_cache if sin is None else (cos_sin_cache, sin))
         _check_indices(checker, tokens, "positions", positions)

@@ -57,7 +57,7 @@ def read_usage(usage: str, kernel: str) -> ResourceUsage:
         local_bytes=max(int(stack.group(1)) if stack else 0, *(frame for frame, _, _ in memory)),
         spill_store_bytes=sum(stores for _, stores, _ in memory),
         spill_load_bytes=sum(loads for _, _, loads in memory),
-        waves_per_simd=find_target(arch).waves_per_simd(registers),
+        waves_per_simd=find_target(arch.removesuffix("a")).waves_per_simd(registers),
     )
 
 

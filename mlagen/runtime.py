@@ -1,79 +1,72 @@
 """The runtime: from a spec and a device to a callable kernel."""
 
 import functools
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 
-from mlagen.abi import block_format
-from mlagen.arguments import WIDE_BYTES, Checker, bind
+from mlagen.arguments import TENSORS, Checker, bind
 from mlagen.binaries import BundlePath, device_binary, host_library
 from mlagen.codegen import GeneratedKernel, generate
 from mlagen.errors import ArgumentError, MlagenError, TargetError
+from mlagen.layout import Layout
 from mlagen.packing import PADDING, packed_shape, packing_index
+from mlagen.plan import Form, Module, Plan
+from mlagen.signature import matcher
 from mlagen.spec import PrologueSpec
+from mlagen.tables import Range, choose_ranges
 from mlagen.target import TARGETS, Target, find_target
 
 MAX_WORK_ITEMS = 2**31 - 1
 """Lanes that a launch may have: they are numbered in 32 bits."""
 
-MAX_PLANS = 4096
-"""Argument signatures that one kernel remembers; with more, it starts over."""
+_PAIR = (tuple, list)
 
-
-class Module(Protocol):
-    """What a driver gives: one loaded kernel."""
-
-    def launch(self, grid: int, block: int, arguments: bytes) -> None:
-        """Run `grid` workgroups of `block` lanes on the caller's current stream, with a packed argument block."""
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A launch with everything decided but the addresses: `holes` are (place among the values, tensor of the call, byte offset).
+class Variant:
+    """The kernel for a range of tokens.
 
-    Zero `tokens` launch nothing.  `wide` are the places of addresses that a kernel for aligned rows wants to be aligned, and
-    `aligned` says that the strides are.
+    `module` gives it, loaded; `unaligned`, where that needs aligned rows, gives the one that does not.
     """
 
-    tokens: int
-    grid: int
-    values: list[int]
-    holes: tuple[tuple[int, int, int], ...]
-    wide: tuple[int, ...]
-    aligned: bool
+    range: Range
+    generated: GeneratedKernel
+    module: Callable[[], Module]
+    unaligned: Callable[[], Module] | None = None
 
 
 class Kernel:
     """A compiled prologue, ready to run.  Made by load(); safe to call from several threads."""
 
-    def __init__(
-        self,
-        spec: PrologueSpec,
-        target: Target,
-        device: torch.device,
-        generated: GeneratedKernel,
-        module: Module,
-        load_unaligned: Callable[[], Module] | None = None,
-    ) -> None:
-        """`load_unaligned` gives the kernel for rows that are not aligned, where `module` needs them to be."""
-        self.spec, self.target, self.device, self.generated = spec, target, device, generated
-        self._module = module
-        self._load_unaligned = functools.cache(load_unaligned) if load_unaligned else None
+    def __init__(self, spec: PrologueSpec, target: Target, device: torch.device, variants: Sequence[Variant]) -> None:
+        """`variants` by rising numbers of tokens; they all read the same packed weights."""
+        self.spec, self.target, self.device, self.variants = spec, target, device, tuple(variants)
+        self.generated = self.variants[0].generated
         self._checker = Checker(spec, target, device)
-        self.unit_scale = torch.ones((), device=device)  # of a call without a scale
-        if type(self.unit_scale) is not torch.Tensor:
-            raise MlagenError(f"load: a tensor made here is a {type(self.unit_scale).__name__}: load kernels outside of fake modes")
-        self._pack = struct.Struct(block_format(generated.arguments)).pack
-        tiles = generated.schedule.absorb
+        # For a call without scales; two, since calls with one object in two places take longer to recognise.
+        self.unit_scales = torch.ones((), device=device), torch.ones((), device=device)
+        if type(self.unit_scales[0]) is not torch.Tensor:
+            found = type(self.unit_scales[0]).__name__
+            raise MlagenError(f"load: a tensor made here is a {found}: load kernels outside of fake modes")
+        tiles = self.generated.schedule.absorb
         self._packed_shape: Sequence[int] = packed_shape(tiles) if tiles else ()
-        self._threads = generated.schedule.threads
         self._out_dtype = self._checker.fp8 if spec.q_dtype == "fp8" else self._checker.model
-        self._plans: dict[Any, Plan] = {}
+        self._absorbs, self._has_rope, self._rotates = spec.absorbs, spec.rope_dim > 0, spec.rope_style != "none"
+        self._on_cpu = device.type == "cpu"
+        both = (False, True)
+        self._forms = {(q_pair, table_pair): self._form(q_pair, table_pair) for q_pair in both for table_pair in both}
+
+    def _form(self, q_pair: bool, table_pair: bool) -> Form:
+        """Calls of this kernel with q, with the rotary tables, as a pair or as one tensor."""
+        unread = {"q_pe": not q_pair, "k_pe": not self._has_rope, "packed": not self._absorbs, "sin": not table_pair}
+        rotary = {"positions", "cos_sin_cache", "sin"} if not self._rotates else set()
+        return Form([name for name in TENSORS if name not in rotary and not unread.get(name)])
 
     def pack_weights(self, w_uk: torch.Tensor) -> torch.Tensor:
         """W_UK [H,P,L] of any strides in the order in which this kernel's lanes read it, to be done once at load.
@@ -119,61 +112,64 @@ class Kernel:
         On a GPU the launch goes to the caller's current stream and returns at once; nothing is allocated when `out` is given.
         Raises ArgumentError, naming the argument, what it was and what it may be, before anything is launched.
         """
-        q_pair, cos_sin_pair = isinstance(q, tuple | list), isinstance(cos_sin_cache, tuple | list)
-        q0, q1 = self._checker.pair("q", "(q_nope, q_pe)", q) if q_pair else (q, None)
-        cos, sin = self._checker.pair("cos_sin_cache", "(cos, sin)", cos_sin_cache) if cos_sin_pair else (cos_sin_cache, None)
+        if packed is not None and not self._absorbs:
+            self._checker.no_weights(packed)
+        q0: object = q
+        cos: object = cos_sin_cache
+        q1 = sin = None
+        q_pair = table_pair = False
+        if isinstance(q, _PAIR):
+            q0, q1 = self._checker.pair("q", "(q_nope, q_pe)", q)
+            q_pair = self._has_rope or q1 is not None  # without RoPE columns, (q, None) is q
+        if not self._rotates:
+            positions = cos = None  # not read, whatever they are
+        elif isinstance(cos_sin_cache, _PAIR):
+            cos, sin = self._checker.pair("cos_sin_cache", "(cos, sin)", cos_sin_cache)
+            table_pair = True
         if out is None and isinstance(q0, torch.Tensor) and q0.dim():
             out = torch.empty((q0.shape[0], self.spec.heads, self.spec.entry_dim), dtype=self._out_dtype, device=self.device)
-        if self.spec.rope_style == "none":
-            positions = cos = sin = None  # not read, whatever they are
-        if not self.spec.rope_dim:
-            k_pe = None
-        q_scale = self.unit_scale if q_scale is None else q_scale
-        k_scale = self.unit_scale if k_scale is None else k_scale
-        tensors: tuple[Any, ...] = (q0, q1, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos, sin, q_scale, k_scale, out)
-        try:
-            # What the checks look at: a call whose tensors look like an earlier one's needs no second look.
-            looks = [None if each is None else (each.shape, each.stride(), each.dtype, each.device) for each in tensors]
-            plan = self._plans[tuple(looks), q_pair, cos_sin_pair]
-        except (KeyError, AttributeError):
-            plan = self._remember(tensors, q_pair, cos_sin_pair)
+        if q_scale is None:
+            q_scale = self.unit_scales[0]
+        if k_scale is None:
+            k_scale = self.unit_scales[1]
+        tensors = (q0, q1, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos, sin, q_scale, k_scale, out)
+        form = self._forms[q_pair, table_pair]
+        given = form.pick(tensors)
+        plan = form.recent
+        if plan is None or not plan.matches(*given):
+            plan = form.find(given)
+            if plan is None:
+                plan = form.keep(given, self._plan(form, tensors, given, q_pair, table_pair))
         if plan.tokens:
-            if packed is not None and packed.data_ptr() % WIDE_BYTES:
-                raise ArgumentError(
-                    f"packed: starts off a multiple of {WIDE_BYTES} bytes: pass what pack_weights returned, or a clone"
-                )
-            if self.device.type == "cpu":
+            if self._on_cpu:
                 self._check_slots(slot_mapping[: plan.tokens], kv_cache)
-            values = plan.values.copy()
-            for place, number, offset in plan.holes:
-                values[place] = tensors[number].data_ptr() + offset
-            module = self._module
-            if self._load_unaligned and not (plan.aligned and all(values[place] % WIDE_BYTES == 0 for place in plan.wide)):
-                module = self._load_unaligned()
-            module.launch(plan.grid, self._threads, self._pack(*values))
+            plan.run(given)
         assert out is not None, "a call without tensors does not get this far"
         return out
 
-    def _remember(self, tensors: Sequence[Any], q_pair: bool, cos_sin_pair: bool) -> Plan:
-        """Check the tensors of a call, and keep its plan for all calls whose tensors look the same.  Raises ArgumentError."""
-        plan = self._plan(tensors, q_pair, cos_sin_pair)
-        looks = [None if each is None else (each.shape, each.stride(), each.dtype, each.device) for each in tensors]
-        if len(self._plans) >= MAX_PLANS:
-            self._plans = {}
-        self._plans[tuple(looks), q_pair, cos_sin_pair] = plan
-        return plan
-
-    def _plan(self, tensors: Sequence[Any], q_pair: bool, cos_sin_pair: bool) -> Plan:
+    def _plan(self, form: Form, tensors: Sequence[Any], given: Sequence[Any], q_pair: bool, table_pair: bool) -> Plan:
         """The launch for tensors like these.  Raises ArgumentError."""
-        bound = bind(self._checker, self._packed_shape, tensors, q_pair=q_pair, cos_sin_pair=cos_sin_pair)
-        launch = self.generated.schedule.launch(self.generated.lowered.segments, bound.tokens, self.spec.heads)
-        if launch.grid * self._threads > MAX_WORK_ITEMS:
+        bound = bind(self._checker, self._packed_shape, tensors, q_pair=q_pair, cos_sin_pair=table_pair)
+        variant = next(each for each in self.variants if each.range.tokens is None or bound.tokens <= each.range.tokens)
+        generated = variant.generated
+        launch = generated.schedule.launch(
+            generated.lowered.segments, bound.tokens, self.spec.heads, token_tiles=variant.range.token_tiles
+        )
+        threads = generated.schedule.threads
+        if launch.grid * threads > MAX_WORK_ITEMS:
             raise ArgumentError(f"q: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
         numbers = {**bound.values, **launch.values}
-        names = [argument.name for argument in self.generated.arguments]
-        holes = tuple((place, *bound.pointers[name]) for place, name in enumerate(names) if name in bound.pointers)
-        wide = tuple(place for place, name in enumerate(names) if name in bound.wide)
-        return Plan(bound.tokens, launch.grid, [numbers.get(name, 0) for name in names], holes, wide, bound.aligned)
+        matches = matcher(given)
+
+        def plan(module: Module, elsewhere: Callable[[], Plan] | None = None) -> Plan:
+            size = (launch, threads)
+            return Plan(matches, bound, form.places, generated.arguments, numbers, module, size, elsewhere=elsewhere)
+
+        unaligned = variant.unaligned
+        if unaligned is None:
+            return plan(variant.module())
+        elsewhere = _once(lambda: plan(unaligned()))
+        return plan(variant.module(), elsewhere) if bound.aligned or not bound.tokens else elsewhere()
 
     def _check_slots(self, slots: torch.Tensor, kv_cache: torch.Tensor) -> None:
         """On the CPU a slot outside the cache is found before it is written; a GPU launch cannot look without waiting."""
@@ -182,39 +178,64 @@ class Kernel:
             raise ArgumentError(f"slot_mapping: slot {largest}, but kv_cache {list(kv_cache.shape)} has slots 0 to {capacity - 1}")
 
 
-_KERNELS: dict[tuple[PrologueSpec, str, torch.device], Kernel] = {}
-_LOADING = threading.Lock()
+_Key = tuple[PrologueSpec, str, torch.device, bool]
+_KERNELS: dict[_Key, Kernel] = {}
+_LOADING: dict[_Key, threading.Lock] = {}
+_lock = threading.Lock()  # of _LOADING
 
 
-def load(spec: PrologueSpec, device: str | torch.device, *, arch: str | None = None, bundle: BundlePath | None = None) -> Kernel:
+def load(
+    spec: PrologueSpec,
+    device: str | torch.device,
+    *,
+    arch: str | None = None,
+    bundle: BundlePath | None = None,
+    pdl: bool = False,
+) -> Kernel:
     """The kernel of `spec` for `device`: from this process, a bundle, the disk cache or the compiler, in this order.
 
     device "cuda" is torch's name for a GPU, an AMD one on torch's ROCm build; its architecture is asked for, and `arch`, where
     given, must be it.  device "cpu" runs the program of `arch` on the CPU, faithfully, lane by lane: the way to test what will run
     on that GPU.  `bundle` is a folder that `mlagen build` wrote, or several; MLAGEN_BUNDLE_PATH names more.  MLAGEN_JIT=0 forbids
-    the compiler.
+    the compiler.  Threads that load the same kernel get the same one, made once; others do not wait for each other.
 
-    Raises TargetError for an unknown arch or device, SpecError, ToolchainError, BuildError, MissingKernelError where MLAGEN_JIT=0
-    and nothing is built.
+    pdl=True is NVIDIA's programmatic dependent launch: each launch starts while the kernel before it in the stream still runs, asks
+    for the weights, and waits with all else until that one has ended.  So the packed weights must not be what a kernel wrote that
+    lets others start before its end; those that torch's operators wrote are safe.
+
+    Raises TargetError for an unknown arch or device, ScheduleError where the target has no dependent launch, SpecError,
+    ToolchainError, BuildError, MissingKernelError where MLAGEN_JIT=0 and nothing is built.
     """
     if not isinstance(spec, PrologueSpec):
         raise ArgumentError(f"spec: expected a PrologueSpec, got {type(spec).__name__}")
     where, target = _resolve(device, arch)
-    key = (spec, target.arch, where)
+    key = (spec, target.arch, where, bool(pdl))
     found = _KERNELS.get(key)
     if found is not None:
         return found
     if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise MlagenError("load: the current stream is being captured: load kernels before the capture")
-    generated = generate(spec, target)
-    with _LOADING:
+    with _lock:
+        loading = _LOADING.setdefault(key, threading.Lock())
+    with loading:
         if key not in _KERNELS:
-            load_unaligned = None
-            if where.type != "cpu" and not target.unaligned_access:
-                load_unaligned = functools.partial(_load_variant, spec, target, where, bundle, False)
-            module = _load_variant(spec, target, where, bundle, True)
-            _KERNELS[key] = Kernel(spec, target, where, generated, module, load_unaligned)
+            variants = variants_of(spec, target, where, choose_ranges(spec, target, dependent=bool(pdl)), bundle)
+            # Now, not in the middle of serving.  The host run compiles the others when it is asked to run them.
+            for variant in variants[:1] if where.type == "cpu" else variants:
+                variant.module()
+            _KERNELS[key] = Kernel(spec, target, where, variants)
         return _KERNELS[key]
+
+
+def _once(make: Callable[[], Made]) -> Callable[[], Made]:
+    """`make`, run by the first thread that asks for it; the others get what it gave, or wait for it."""
+    lock, made = threading.Lock(), functools.cache(make)
+
+    def get() -> Made:
+        with lock:
+            return made()
+
+    return get
 
 
 def _resolve(device: str | torch.device, arch: str | None) -> tuple[torch.device, Target]:
@@ -249,22 +270,44 @@ def device_arch(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _load_variant(spec: PrologueSpec, target: Target, device: torch.device, bundle: BundlePath | None, aligned: bool) -> Module:
-    """The kernel for aligned rows, or for any, found or compiled, in the device's driver."""
-    generated = generate(spec, target, aligned=aligned)
+def variants_of(
+    spec: PrologueSpec, target: Target, device: torch.device, ranges: Sequence[Range], bundle: BundlePath | None = None
+) -> list[Variant]:
+    """The kernels of `ranges`, each found or compiled when it is first asked for, and loaded once."""
+
+    @functools.cache
+    def module(layout: Layout, aligned: bool) -> Callable[[], Module]:
+        return _once(lambda: _load_module(spec, target, device, bundle, generate(spec, target, layout, aligned=aligned)))
+
+    any_rows = device.type == "cpu" or target.unaligned_access
+    variants = []
+    for each in ranges:
+        unaligned = None if any_rows else module(each.layout, False)
+        variants.append(Variant(each, generate(spec, target, each.layout), module(each.layout, True), unaligned))
+    return variants
+
+
+def _load_module(
+    spec: PrologueSpec, target: Target, device: torch.device, bundle: BundlePath | None, generated: GeneratedKernel
+) -> Module:
+    """A kernel, found or compiled, in the device's driver."""
     if device.type == "cpu":
         from mlagen.drivers.host import HostModule
 
-        return HostModule(host_library(spec, generated), [argument.kind for argument in generated.arguments])
-    return open_module(device_binary(spec, generated, target, bundle), generated.name, target, device)
+        return HostModule(host_library(spec, generated))
+    binary = device_binary(spec, generated, target, bundle)
+    shared_limit = target.lds_bytes if generated.schedule.staging else 0
+    return open_module(binary, generated.name, target, device, shared_limit=shared_limit, dependent=generated.dependent)
 
 
-def open_module(binary: bytes, kernel: str, target: Target, device: torch.device) -> Module:
+def open_module(
+    binary: bytes, kernel: str, target: Target, device: torch.device, *, shared_limit: int = 0, dependent: bool = False
+) -> Module:
     """`kernel` of a code object or cubin for `target`, loaded on a GPU.  Raises as the target's driver does."""
     if target.platform == "nvidia":
         from mlagen.drivers.cuda import CudaModule
 
-        return CudaModule(binary, kernel, device.index)
+        return CudaModule(binary, kernel, device.index, shared_limit=shared_limit, dependent=dependent)
     from mlagen.drivers.hip import HipModule
 
     return HipModule(binary, kernel, device.index)

@@ -16,8 +16,11 @@ from mlagen import toolchain, verify
 from mlagen.codegen import GeneratedKernel
 from mlagen.drivers.host import HostModule
 from mlagen.guarded import Guarded
-from mlagen.runtime import Kernel
+from mlagen.layout import Layout
+from mlagen.plan import Module
+from mlagen.runtime import Kernel, Variant
 from mlagen.spec import PrologueSpec
+from mlagen.tables import Range
 from mlagen.target import find_target
 from mlagen.torch_types import torch_dtype
 
@@ -208,9 +211,21 @@ def build_kernel(spec: PrologueSpec, arch: str, generated: GeneratedKernel, *cha
     for old, new in changes:
         assert old in source, f"not in the source of {generated.name}: {old}"
         source = source.replace(old, new)
-    kinds = [argument.kind for argument in generated.arguments]
-    module = HostModule(toolchain.compile_host(source, name=generated.name), kinds)
-    return Kernel(spec, find_target(arch), torch.device("cpu"), replace(generated, host_source=source), module)
+    module = HostModule(toolchain.compile_host(source, name=generated.name))
+    return single_kernel(spec, replace(generated, texts={"host": source}.__getitem__), module)
+
+
+def single_kernel(
+    spec: PrologueSpec,
+    generated: GeneratedKernel,
+    module: Module,
+    unaligned: Callable[[], Module] | None = None,
+    token_tiles: int | None = None,
+) -> Kernel:
+    """A kernel on the CPU that does any number of tokens with one module."""
+    everything = Range(None, Layout(), token_tiles)
+    variant = Variant(everything, generated, lambda: module, unaligned)
+    return Kernel(spec, find_target(generated.arch), torch.device("cpu"), [variant])
 
 
 def output_bytes(launch: Launch) -> torch.Tensor:

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from mlagen.drivers.packed import ArgumentList
 from mlagen.errors import MlagenError
-
-_LIST_END = 3  # HIP_LAUNCH_PARAM_END of hip_runtime_api.h
 
 _opening = threading.Lock()
 _bindings: Any = None
@@ -41,8 +38,9 @@ class HipModule:
                 hip.hipModuleUnload(self._module)
                 raise
         self._launch_kernel = hip.hipModuleLaunchKernel
-        wrap, self._no_parameters = _launch_types(hip)
-        self._arguments = ArgumentList(_LIST_END, wrap)
+        self._list_of_pointers, self._no_extra = _launch_types(hip)
+        # torch.cuda's functions of these names check first whether the GPU is initialised, which takes longer than the answer.
+        self._current_device, self._current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
     def attribute(self, name: str) -> int:
         """A function attribute such as "NUM_REGS" or "LOCAL_SIZE_BYTES"."""
@@ -50,22 +48,29 @@ class HipModule:
         with torch.cuda.device(self._device_index):
             return int(self._call(self._hip.hipFuncGetAttribute, key, self._function))
 
-    def launch(self, grid: int, block: int, arguments: bytes) -> None:
+    def parameters(self, address: int) -> Any:
+        """What launch() takes, of the address of a list of pointers to the arguments."""
+        return self._list_of_pointers(address)
+
+    def launch(self, grid: int, block: int, parameters: Any, shared_bytes: int = 0) -> None:
         """Run `grid` workgroups of `block` lanes on torch's current stream of this module's device.
+
+        Each has `shared_bytes` of LDS besides what the kernel itself declares.
 
         Raises MlagenError where the runtime refuses the launch; errors of the kernel itself come with a later call, as always.
         """
-        if torch.cuda.current_device() != self._device_index:
+        if self._current_device() != self._device_index:
             with torch.cuda.device(self._device_index):
-                self._launch(grid, block, arguments)
+                self._launch(grid, block, parameters, shared_bytes)
         else:
-            self._launch(grid, block, arguments)
+            self._launch(grid, block, parameters, shared_bytes)
 
-    def _launch(self, grid: int, block: int, arguments: bytes) -> None:
-        stream = torch.cuda.current_stream(self._device_index).cuda_stream
-        extra = self._arguments.filled(arguments)
+    def _launch(self, grid: int, block: int, parameters: Any, shared_bytes: int) -> None:
+        stream = self._current_stream(self._device_index)
         try:
-            (status,) = self._launch_kernel(self._function, grid, 1, 1, block, 1, 1, 0, stream, self._no_parameters, extra)
+            (status,) = self._launch_kernel(
+                self._function, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, self._no_extra
+            )
         except ValueError as error:  # from hip-python, for a code that it does not know
             raise MlagenError(f"hipModuleLaunchKernel: {error}, grid {grid}, block {block}") from None
         if status:
@@ -155,14 +160,14 @@ def _finding(hip: Any, library: str) -> Iterator[None]:
 
 
 def _launch_types(hip: Any) -> tuple[Callable[[int], Any], Any]:
-    """What makes hip-python's `extra` of the address of a list, and its empty `kernelParams`.
+    """What makes hip-python's `kernelParams` of the address of a list, and its empty `extra`.
 
     hip-python makes them of plain values too, but anew in each launch, which doubles its time.
     """
     try:
         helpers: Any = importlib.import_module(f"{_package(hip)}._hip_helpers")
         types: Any = importlib.import_module("hip")
-        return helpers.HipModuleLaunchKernel_extra, types._util.types.ListOfPointer(None)
+        return types._util.types.ListOfPointer, helpers.HipModuleLaunchKernel_extra(None)
     except (ImportError, AttributeError):
         return int, None
 

@@ -1,15 +1,13 @@
 """The floors: an empty kernel, and kernels that only read and write what a prologue must, on the grids that suit a GPU."""
 
-import struct
-
 import torch
 
 from mlagen import cuda_toolchain, toolchain
-from mlagen.abi import block_format
 from mlagen.binaries import jit_allowed
 from mlagen.codegen import FLOOR_THREADS, floor_arguments, floor_source
 from mlagen.errors import MissingKernelError
-from mlagen.runtime import Module, open_module
+from mlagen.plan import Module, fixed_parameters
+from mlagen.runtime import open_module
 from mlagen.target import Target
 from mlagen.timing.candidate import Candidate
 from mlagen.timing.check import nothing
@@ -25,17 +23,17 @@ class Floor:
 
     def __init__(self, target: Target, device: torch.device) -> None:
         self._target, self._device = target, device
-        self._pack = struct.Struct(block_format(floor_arguments())).pack
         self._binary: bytes | None = None
         self._modules: dict[str, Module] = {}
 
     def empty(self, workload: Workload) -> list[Candidate]:
         """One workgroup that does nothing: what a launch costs."""
         module, out = self._module("mlagen_empty"), workload.empty(1, workload.q_dtype)
-        block = struct.pack("<Q", out.data_ptr())
+        memory = fixed_parameters(floor_arguments()[:1], [out.data_ptr()])
+        given = memory, module.parameters(memory.address)
 
         def launch(layer: int) -> torch.Tensor:
-            module.launch(1, FLOOR_THREADS[0], block)
+            module.launch(1, FLOOR_THREADS[0], given[1])
             return out
 
         return [Candidate("empty", launch, nothing)]
@@ -52,10 +50,12 @@ class Floor:
         return found
 
     def _stream(self, workload: Workload, module: Module, out: torch.Tensor, workgroups: int, threads: int) -> Candidate:
-        blocks = [self._pack(*self.arguments(workload, layer, out), workgroups) for layer in range(workload.layers)]
+        layers = range(workload.layers)
+        memories = [fixed_parameters(floor_arguments(), [*self.arguments(workload, each, out), workgroups]) for each in layers]
+        given = [(memory, module.parameters(memory.address)) for memory in memories]
 
         def launch(layer: int) -> torch.Tensor:
-            module.launch(workgroups, threads, blocks[layer])
+            module.launch(workgroups, threads, given[layer][1])
             return out
 
         return Candidate(f"{workgroups} x {threads}", launch, nothing)

@@ -98,7 +98,7 @@ class TestFound:
 
         given = []
         monkeypatch.setattr(cuda, "CudaModule", lambda *arguments: given.append(arguments))
-        runtime._load_variant(spec, TARGET, torch.device("cuda", 3), bundle, aligned)
+        runtime._load_module(spec, TARGET, torch.device("cuda", 3), bundle, generate(spec, TARGET, aligned=aligned))
         assert given == [(cubin(bundle, aligned), generate(spec, TARGET, aligned=aligned).name, 3)]
 
 

@@ -91,7 +91,7 @@ class TestInputs:
 
     def test_one_character_of_the_source(self, spec):
         generated = generate(spec, TARGETS["gfx950"])
-        changed = replace(generated, source=generated.source + " ", host_source=generated.host_source + " ")
+        changed = replace(generated, texts=lambda build: generated.texts(build) + " ")
         assert_moved(digests(spec, generated=generated), digests(spec, generated=changed))
 
     @pytest.mark.parametrize("fingerprint", [("other", ("-O3",)), ("clang 1", ("-O3", "-g"))], ids=["identity", "flags"])
@@ -105,6 +105,17 @@ class TestInputs:
         before, _ = digests(spec, "sm_90")
         monkeypatch.setattr(cuda_toolchain, "fingerprint", lambda: ("nvcc 1", ("-O3",)))
         assert digests(spec, "sm_90")[0] != before
+
+    def test_the_likely_compiler_for_nvidia(self, spec, monkeypatch):
+        """What is looked up before the compiler is loaded depends on it in the same way."""
+        monkeypatch.setattr(cuda_toolchain, "likely_fingerprint", lambda: likely)
+        generated, target, digests_ = generate(spec, TARGETS["sm_90"]), TARGETS["sm_90"], []
+        for likely in (("NVRTC 1", ("-O3",)), ("NVRTC 2", ("-O3",)), ("NVRTC 1", ("-O3", "-g"))):
+            first, last = binaries._device_keys(generated, target)
+            assert last == device_key(generated, target)
+            assert (first == last) == (likely == cuda_toolchain.fingerprint())
+            digests_.append(first.digest)
+        assert len(set(digests_)) == 3
 
     def test_the_abi(self, spec, monkeypatch):
         before = digests(spec)
@@ -149,7 +160,7 @@ def test_options_of_the_host_compiler_move_the_key(spec, compiler, monkeypatch):
 
 
 def test_every_module_that_makes_keys_is_covered():
-    """A Key is made in one place: what this file perturbs is all there is."""
+    """A kernel's Key is made in one place, and that of compiled templates in another, which test_templates.py perturbs."""
     package = Path(binaries.__file__).parent
-    makers = [path.name for path in package.rglob("*.py") if " Key(" in path.read_text(encoding="utf-8")]
-    assert makers == ["binaries.py"]
+    makers = {path.name for path in package.rglob("*.py") if " Key(" in path.read_text(encoding="utf-8")}
+    assert makers == {"binaries.py", "template_cache.py"}

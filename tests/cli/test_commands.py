@@ -114,7 +114,10 @@ def test_a_compile_error_is_told_whole(tmp_path, monkeypatch, capfd):
     variants = build.variants
 
     def broken(spec, target):
-        return [dataclasses.replace(kernel, source=kernel.source + "int unfinished(\n") for kernel in variants(spec, target)]
+        return [
+            dataclasses.replace(kernel, texts=lambda _, whole=kernel.source: whole + "int unfinished(\n")
+            for kernel in variants(spec, target)
+        ]
 
     monkeypatch.setattr(build, "variants", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

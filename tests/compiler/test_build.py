@@ -231,7 +231,9 @@ def replaced(monkeypatch):
         monkeypatch.setattr(
             builder,
             "variants",
-            lambda spec, target: [dataclasses.replace(kernel, source=text(kernel)) for kernel in variants(spec, target)],
+            lambda spec, target: [
+                dataclasses.replace(kernel, texts=lambda _, kernel=kernel: text(kernel)) for kernel in variants(spec, target)
+            ],
         )
 
     return replace

@@ -1,18 +1,18 @@
 """The floor's kernels: they compile for every target, and on the CPU they read everything once and write everything once."""
 
 import re
-import struct
 import types
 
 import pytest
 import torch
 
-from mlagen import codegen, cuda_toolchain, toolchain
-from mlagen.abi import block_format
+from mlagen import cuda_toolchain, toolchain
 from mlagen.codegen import FLOOR_THREADS, floor_arguments, floor_source
 from mlagen.drivers.host import HostModule
 from mlagen.errors import ToolchainError
 from mlagen.machine_code import read_resources, refuse_spills
+from mlagen.plan import fixed_parameters
+from mlagen.rendering import environment, template_texts
 from mlagen.target import TARGETS
 from mlagen.timing.floor import PIECE_BYTES
 
@@ -56,11 +56,11 @@ THREADS = FLOOR_THREADS[0]
 def stream() -> HostModule:
     """mlagen_stream_128 for the CPU."""
     arguments = floor_arguments()
-    entry = codegen._environment().get_template("host_entry.cpp.j2")
+    entry = environment().get_template("host_entry.cpp.j2")
     text = "\n".join(
         (
             floor_source(TARGETS["sm_90"], "host"),
-            codegen._template_text("lib/host_launch.h"),
+            template_texts()["lib/host_launch.h"],
             entry.render(
                 kernel=f"mlagen_stream_{THREADS}",
                 arguments=[{"cpp": argument.cpp} for argument in arguments],
@@ -68,13 +68,13 @@ def stream() -> HostModule:
             ),
         )
     )
-    return HostModule(toolchain.compile_host(text, name="floor"), [argument.kind for argument in arguments])
+    return HostModule(toolchain.compile_host(text, name="floor"))
 
 
 def run(stream: HostModule, inputs: list[torch.Tensor], outputs: list[torch.Tensor], workgroups: int) -> None:
     places = [value for tensor in (*inputs, *outputs) for value in (tensor.data_ptr(), tensor.nbytes // PIECE_BYTES)]
-    block = struct.pack(block_format(floor_arguments()), *places, workgroups)
-    stream.launch(workgroups, THREADS, block)
+    parameters = fixed_parameters(floor_arguments(), [*places, workgroups])
+    stream.launch(workgroups, THREADS, parameters.address)
 
 
 @pytest.mark.host

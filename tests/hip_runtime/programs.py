@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import json
 import os
-import struct
 import sys
 import threading
 from pathlib import Path
@@ -17,8 +16,8 @@ from standin.rocm_torch import OnGpu, pretend
 
 import mlagen
 from mlagen.drivers.hip import HipModule, loaded_runtimes
+from mlagen.drivers.parameters import Parameters
 from mlagen.errors import MlagenError
-from mlagen.runtime import block_format
 from mlagen.target import find_target
 from mlagen.verify import require
 
@@ -74,6 +73,7 @@ def verify(library="libamdhip64.so"):
     return {
         "arch": kernel.target.arch,
         "driver": type(module).__name__,
+        "list": type(module.parameters(0)).__name__,
         "hip-python imported early": early,
         "hip-python changed": hip_python_is_changed(),
         "launches": runtime.standin_launches(),
@@ -144,8 +144,9 @@ def refusals():
     runtime = pretend()
     kernel, good = generated("gfx942"), code_object("gfx942")
     block = kernel.schedule.threads
-    arguments = bytes(struct.calcsize(block_format(kernel.arguments)))
-    module = HipModule(good, kernel.name, 0)
+    module, count = HipModule(good, kernel.name, 0), len(kernel.arguments)
+    memory = Parameters(bytes(8 * count), range(count))
+    arguments = module.parameters(memory.address)
 
     def on_dead_stream():
         stream = new_stream()
@@ -167,7 +168,7 @@ def refusals():
         "empty grid": error_of(module.launch, 0, block, arguments),
         "large block": error_of(module.launch, 1, 2 * block, arguments),
         "dead stream": error_of(on_dead_stream),
-        "short arguments": error_of(HipModule(good, kernel.name, 0).launch, 1, block, arguments[:-8]),
+        "no arguments": error_of(module.launch, 1, block, module.parameters(0)),
         "unknown attribute": error_of(module.attribute, "PTX_VERSION"),
         "unknown code": error_of(with_unknown_code),
         "launches": runtime.standin_launches(),

@@ -342,7 +342,7 @@ def test_a_load_under_a_fake_mode_is_refused():
     """The kernel stays for the whole process, and a tensor without memory with it."""
     with FakeTensorMode(), pytest.raises(MlagenError, match="FakeTensor: load kernels outside of fake modes"):
         load(small_spec(heads=7), "cpu", arch="gfx950")
-    assert load(small_spec(heads=7), "cpu", arch="gfx950").unit_scale.item() == 1.0
+    assert load(small_spec(heads=7), "cpu", arch="gfx950").unit_scales[0].item() == 1.0
 
 
 def test_packed_weights_off_their_alignment_are_refused():

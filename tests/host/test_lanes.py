@@ -9,6 +9,7 @@ import torch
 
 from mlagen import toolchain
 from mlagen.drivers.host import HostModule
+from mlagen.drivers.parameters import Parameters
 from mlagen.errors import MlagenError
 
 pytestmark = pytest.mark.host
@@ -42,7 +43,7 @@ extern "C" int mlagen_host_launch(uint32_t grid, void** parameters, uint32_t cpu
 def module(body: str, waves: int) -> HostModule:
     library = [resources.files("mlagen").joinpath("templates", "lib", name).read_text() for name in ("host.h", "host_launch.h")]
     source = "\n".join([*library, SKELETON.format(body=body, threads=waves * WAVE, wave=WAVE)])
-    return HostModule(toolchain.compile_host(source, name="lanes"), ("pointer", "int32"))
+    return HostModule(toolchain.compile_host(source, name="lanes"))
 
 
 def run(body: str, waves: int, *, grid: int = 1, value: int = 0, cpu_threads: int | None = None) -> torch.Tensor:
@@ -50,7 +51,8 @@ def run(body: str, waves: int, *, grid: int = 1, value: int = 0, cpu_threads: in
     out = torch.full((grid, waves * WAVE), -1, dtype=torch.int32)
     loaded = module(body, waves)
     loaded.cpu_threads = cpu_threads or 2
-    loaded.launch(grid, waves * WAVE, struct.pack("Qi", out.data_ptr(), value))
+    parameters = Parameters(struct.pack("Qq", out.data_ptr(), value), (0, 1))
+    loaded.launch(grid, waves * WAVE, parameters.address)
     return out.long()
 
 

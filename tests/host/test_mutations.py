@@ -187,7 +187,7 @@ def body_for_other_map(spec: PrologueSpec, arch: str, **maps: FragmentMap) -> Ge
     right = generate(spec, target)
     source = right.host_source.partition(MARK)[0] + MARK + wrong.host_source.partition(MARK)[2]
     assert source != right.host_source
-    return dataclasses.replace(wrong, host_source=source)
+    return dataclasses.replace(wrong, texts={"host": source}.__getitem__)
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])

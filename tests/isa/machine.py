@@ -1,5 +1,6 @@
 """The same kernel twice, behind the same arguments: run by the host, and as machine code by the emulator."""
 
+import ctypes
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from helpers import Launch, Workload, make_launch, output_bytes
+from helpers import Launch, Workload, make_launch, output_bytes, single_kernel
 from isa.emulator import Emulator, Span, WaveTrace
 
 from mlagen import codegen, runtime, schedule, toolchain
@@ -30,14 +31,25 @@ class EmulatedModule:
 
     def __init__(self, generated: codegen.GeneratedKernel) -> None:
         device = toolchain.compile_device(generated.source, generated.arch, name=generated.name)
-        self.assembly = device.assembly
+        self.assembly, self.arguments = device.assembly, generated.arguments
         self.kernel = emulator(generated.arch).load(device.binary, generated.name)
         self.memory: Sequence[Span] = ()
         self.preload = True
         self.traces: list[WaveTrace] = []
 
-    def launch(self, grid: int, block: int, arguments: bytes) -> None:
-        self.traces = self.kernel.launch(grid, block, arguments, self.memory, preload=self.preload)
+    def parameters(self, address: int) -> int:
+        return address
+
+    def launch(self, grid: int, block: int, parameters: int) -> None:
+        self.traces = self.kernel.launch(grid, block, self._segment(parameters), self.memory, preload=self.preload)
+
+    def _segment(self, parameters: int) -> bytes:
+        """The kernel argument segment that a runtime makes of a list of pointers: each value at its natural alignment."""
+        segment = b""
+        sizes = [4 if argument.kind == "int32" else 8 for argument in self.arguments]
+        for pointer, size in zip((ctypes.c_void_p * len(sizes)).from_address(parameters), sizes, strict=True):
+            segment += bytes(-len(segment) % size) + ctypes.string_at(pointer, size)
+        return segment
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,8 @@ def build(spec: PrologueSpec, arch: str, *, waves_per_workgroup: int = 1, comput
         chosen = replace(chosen, compute_units=compute_units)
     generated = codegen.render(codegen.kernel_name(spec, target), program, lowered, chosen, target)
     module: Any = EmulatedModule(generated)
-    kinds = [argument.kind for argument in generated.arguments]
-    host = HostModule(toolchain.compile_host(generated.host_source, name=generated.name), kinds)
-    on_host, on_device = (runtime.Kernel(spec, target, torch.device("cpu"), generated, each) for each in (host, module))
+    host = HostModule(toolchain.compile_host(generated.host_source, name=generated.name))
+    on_host, on_device = (single_kernel(spec, generated, each) for each in (host, module))
     return Pair(generated, on_host, on_device, module)
 
 
@@ -74,7 +85,7 @@ def run_on_device(pair: Pair, launch: Launch, *, preload: bool = True) -> list[W
     """Run a launch in the emulator.  The machine code may read rows of inputs, write each byte of the outputs once, and no more."""
     tensors = _tensors(launch.arguments)
     written = [_whole(tensors.pop(name), "w") for name in ("out", "kv_cache")]
-    read = (*tensors.values(), pair.device.unit_scale)
+    read = (*tensors.values(), *pair.device.unit_scales)
     pair.module.memory = [*itertools.chain.from_iterable(map(_rows, read)), *written]
     pair.module.preload = preload
     pair.device(**launch.arguments)

@@ -14,6 +14,7 @@ from isa.machine import ARCHS, emulator
 from mlagen import toolchain
 from mlagen.codegen import MARK, generate
 from mlagen.drivers.host import HostModule
+from mlagen.drivers.parameters import Parameters
 from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS
 
@@ -141,7 +142,7 @@ def build(arch: str) -> tuple[Kernel, HostModule]:
     device, host = (source.split(MARK)[0] + text for source in (generated.source, generated.host_source))
     binary = toolchain.compile_device(device, arch, name="conformance").binary
     library = toolchain.compile_host(host + HOST_ENTRY, name="conformance")
-    return emulator(arch).load(binary, "conformance"), HostModule(library, ("pointer", "pointer", "int32"))
+    return emulator(arch).load(binary, "conformance"), HostModule(library)
 
 
 def contents(source: str, size: int) -> npt.NDArray[np.uint8]:
@@ -178,10 +179,10 @@ def test_primitive(name: str, arch: str) -> None:
         data[shift : shift + read] = contents(operation.source, read)
         results = np.full((2, written + 64), 0xA5, np.uint8)
         arguments = [[data.ctypes.data + shift, result.ctypes.data + shift, number] for result in results]
-        blocks = [struct.pack("QQi", *each) for each in arguments]
-        host.launch(workgroups, THREADS, blocks[0])
+        parameters = Parameters(struct.pack("QQq", *arguments[0]), (0, 1, 2))
+        host.launch(workgroups, THREADS, parameters.address)
         spans = [Span(arguments[1][0], read, "r"), Span(arguments[1][1], written, "w")]
-        kernel.launch(workgroups, THREADS, blocks[1], spans)
+        kernel.launch(workgroups, THREADS, struct.pack("QQi", *arguments[1]), spans)
         assert np.array_equal(*results), f"shift {shift}: {_difference(results)}"
 
 

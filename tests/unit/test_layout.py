@@ -33,14 +33,14 @@ LAYERS = (
     Layer("lowering", "lowering", "ir"),
     Layer("schedule", "tiles staging layout schedule packing", "lowering"),  # how it is done
     Layer("tables", "tables model", "spec schedule"),  # which of the ways for how many tokens
-    Layer("codegen", "abi codegen", "tables"),
+    Layer("codegen", "abi rendering codegen", "tables"),
     Layer(
         "binaries",  # never the IR
-        "toolchain cuda_toolchain hiprtc_toolchain compilers machine_code resource_usage cache manifest drivers",
+        "libraries toolchain cuda_toolchain hiprtc_toolchain compilers machine_code resource_usage cache manifest drivers",
         "target",
     ),
-    Layer("arguments", "arguments", "spec torch"),
-    Layer("runtime", "binaries runtime", "codegen binaries arguments"),  # joins both
+    Layer("arguments", "arguments signature", "spec torch"),
+    Layer("runtime", "template_cache binaries plan runtime", "codegen binaries arguments"),  # joins both
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it
     Layer("verify", "verify", "runtime oracle"),
     Layer("timing", "timing", "verify"),  # one way to time: a kernel, a floor
@@ -49,7 +49,7 @@ LAYERS = (
 )
 
 # Third-party packages that only these modules may import.
-ONLY_IN = {"jinja2": {"codegen"}, "typer": {"cli", "cli_bench", "cli_options", "cli_tools"}, "filelock": {"cache"}}
+ONLY_IN = {"jinja2": {"rendering"}, "typer": {"cli", "cli_bench", "cli_options", "cli_tools"}, "filelock": {"cache"}}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 FILE_IDS = [str(f.relative_to(PACKAGE)) for f in FILES]

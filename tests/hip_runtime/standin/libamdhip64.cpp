@@ -55,7 +55,6 @@ enum Error {
 };
 
 const uintptr_t STREAM_LEGACY = 1, STREAM_PER_THREAD = 2;
-const uintptr_t BUFFER_POINTER = 1, BUFFER_SIZE = 2, END = 3;  // HIP_LAUNCH_PARAM_*
 enum Attribute { MAX_THREADS_PER_BLOCK = 0, SHARED_SIZE_BYTES = 1, LOCAL_SIZE_BYTES = 3, NUM_REGS = 4 };
 const uint32_t MAX_BLOCK = 1024;
 
@@ -266,23 +265,17 @@ Error run(const Function& function, uint32_t grid, uint32_t block, void** parame
     if (block > function.threads) return hipErrorLaunchFailure;
     if (block < function.threads)  // a real one runs it, with lanes missing
         return complain(hipErrorInvalidConfiguration, "a block smaller than the kernel's");
-    if ((parameters != nullptr) == (extra != nullptr)) return hipErrorInvalidValue;
-    std::vector<unsigned char> block_of_arguments;
+    if (!parameters || extra) return hipErrorInvalidValue;  // a real one takes the arguments in `extra`, too
+    std::vector<unsigned char> segment(function.arguments_size);
     std::vector<void*> addresses;
-    if (extra) {
-        const auto key = [&](int i) { return reinterpret_cast<uintptr_t>(extra[i]); };
-        if (key(0) != BUFFER_POINTER || key(2) != BUFFER_SIZE || key(4) != END) return hipErrorInvalidValue;
-        const auto* from = static_cast<const unsigned char*>(extra[1]);
-        const size_t size = *static_cast<const size_t*>(extra[3]);
-        if (!from || size != function.arguments_size)  // a real one reads past the end of a short one
-            return complain(hipErrorInvalidValue, "an argument block of " + std::to_string(size) + " bytes, the kernel takes " +
-                                                      std::to_string(function.arguments_size));
-        block_of_arguments.assign(from, from + size);
-        for (const Parameter& parameter : function.parameters) addresses.push_back(&block_of_arguments[parameter.offset]);
-        parameters = addresses.data();
+    for (size_t i = 0; i < function.parameters.size(); ++i) {
+        const Parameter& parameter = function.parameters[i];
+        if (!parameters[i]) return complain(hipErrorInvalidValue, "no argument number " + std::to_string(i));  // a real one crashes
+        std::memcpy(&segment[parameter.offset], parameters[i], parameter.size);
+        addresses.push_back(&segment[parameter.offset]);
     }
     char error[256] = "";
-    if (module.launch(grid, parameters, std::max(1u, std::thread::hardware_concurrency()), error, sizeof error))
+    if (module.launch(grid, addresses.data(), std::max(1u, std::thread::hardware_concurrency()), error, sizeof error))
         return complain(hipErrorLaunchFailure, error);
     return hipSuccess;
 }

@@ -76,6 +76,7 @@ def pretend(library="libamdhip64.so"):
     torch.cuda.device_count = lambda: ask(runtime.hipGetDeviceCount)
     torch.cuda.current_device, torch.cuda.device = current_device, device
     torch.cuda.current_stream, torch.cuda.stream = current_stream, stream
+    torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream = current_device, lambda index: handles().get(index, 0)
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(
         gcnArchName=runtime.standin_arch(index).decode() + ":sramecc+:xnack-"
     )

@@ -1,0 +1,166 @@
+"""Tables: which layout for how many tokens, as `mlagen tune` found it out, for the shapes that it was asked about.
+
+A shape that no table has takes the ranges of the nearest one: the nearest P, then the nearest number of heads.  A table is a JSON
+file; those of the package are in mlagen/tables/, MLAGEN_TABLES names more, which come first.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mlagen.errors import RequestError, ScheduleError
+from mlagen.layout import Layout
+from mlagen.lowering import lower
+from mlagen.schedule import choose_schedule
+from mlagen.spec import PrologueSpec
+from mlagen.target import Target
+
+FORMAT = 1
+"""Raised when the meaning of a table's fields changes."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Up to `tokens` tokens (None: any number) `layout` is used, with `token_tiles` tiles of tokens for each absorb workgroup.
+
+    None leaves their number to the schedule's rule.
+    """
+
+    tokens: int | None
+    layout: Layout
+    token_tiles: int | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The ranges of one shape, by rising numbers of tokens; the last one has no end."""
+
+    nope_dim: int
+    lora_rank: int
+    heads: int
+    dependent: bool
+    ranges: tuple[Range, ...]
+
+    def __post_init__(self) -> None:
+        ends = [math.inf if each.tokens is None else each.tokens for each in self.ranges]
+        if not ends or ends[-1] != math.inf or ends != sorted(set(ends)):
+            raise RequestError(f"ranges that end at {ends}: they must rise, and the last must have no end (null)")
+
+    def distance(self, spec: PrologueSpec) -> tuple[float, float, float]:
+        """How far a spec is from this one, the most important first."""
+        scales = ((self.lora_rank, spec.lora_rank), (self.nope_dim, spec.nope_dim), (self.heads, spec.heads))
+        rank, nope, heads = (abs(math.log2(ours / theirs)) for ours, theirs in scales)
+        return rank, nope, heads
+
+
+def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False) -> tuple[Range, ...]:
+    """The ranges for `spec` on `target`: those of the nearest shape of a table, each with a layout that fits the shape.
+
+    Raises ScheduleError where the target starts no dependent kernels, RequestError for a table that cannot be read.
+    """
+    if dependent and not target.dependent_launch:
+        raise ScheduleError(f"{target.arch} starts no kernel before the one before it has ended: leave pdl out")
+    fallback = (Range(None, Layout(dependent=dependent)),)
+    if not spec.absorbs:
+        return fallback
+    entries = [entry for entry in _entries(target.arch, os.environ.get("MLAGEN_TABLES", "")) if entry.dependent == dependent]
+    if not entries:
+        return fallback
+    nearest = min(entries, key=lambda entry: entry.distance(spec))
+    lowered = lower(spec.program(target))
+    fitting: list[Range] = []
+    for each in nearest.ranges:
+        layout, tiles = each.layout, each.token_tiles
+        try:
+            choose_schedule(lowered, target, waves_per_workgroup=layout.waves_per_workgroup, block=layout.block)
+        except ScheduleError:
+            layout, tiles = Layout(dependent=dependent), None
+        if fitting and (fitting[-1].layout, fitting[-1].token_tiles) == (layout, tiles):
+            fitting.pop()
+        fitting.append(Range(each.tokens, layout, tiles))
+    return tuple(fitting)
+
+
+@functools.cache
+def _entries(arch: str, named: str) -> tuple[Entry, ...]:
+    """The entries of all tables for `arch`, those of the files that `named` lists first."""
+    tables = [read_table(_read(path), path) for path in named.split(os.pathsep) if path]
+    shipped = resources.files("mlagen").joinpath("tables") / f"{arch}.json"
+    if shipped.is_file():
+        tables.append(read_table(shipped.read_text(encoding="utf-8"), f"mlagen/tables/{arch}.json"))
+    return tuple(entry for found, entries in tables if found == arch for entry in entries)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"MLAGEN_TABLES: {path} cannot be read ({why}); name tables that `mlagen tune` wrote") from None
+
+
+def read_table(text: str, name: str) -> tuple[str, tuple[Entry, ...]]:
+    """Arch and entries of a table; `name` is for the errors.  Raises RequestError for anything else than a table."""
+    try:
+        table = json.loads(text)
+        if table["format"] != FORMAT:
+            raise RequestError(f"it has format {table['format']}, this mlagen reads {FORMAT}")
+        return str(table["arch"]), tuple(_entry(each) for each in table["entries"])
+    except RequestError as error:
+        why = str(error)
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise RequestError(f"{name}: not a table that this mlagen can use ({why}); write it again with `mlagen tune`")
+
+
+def _entry(fields: Mapping[str, Any]) -> Entry:
+    dependent = fields["dependent"]
+    if not isinstance(dependent, bool):
+        raise RequestError(f"dependent={dependent!r}: must be true or false")
+    ranges = tuple(
+        Range(
+            _count_or_null(each, "tokens"),
+            Layout(_count(each, "waves"), _count_or_null(each, "block"), dependent),
+            _count_or_null(each, "token_tiles"),
+        )
+        for each in fields["ranges"]
+    )
+    return Entry(_count(fields, "nope_dim"), _count(fields, "lora_rank"), _count(fields, "heads"), dependent, ranges)
+
+
+def _count(fields: Mapping[str, Any], name: str) -> int:
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RequestError(f"{name}={value!r}: must be a whole number, 1 or more")
+    return value
+
+
+def _count_or_null(fields: Mapping[str, Any], name: str) -> int | None:
+    return None if fields[name] is None else _count(fields, name)
+
+
+def write_table(arch: str, source: str, entries: Sequence[Entry], remarks: Mapping[Entry, Any] | None = None) -> str:
+    """The text of a table.  `source` says where it comes from: measured on which device, or modelled; `remarks` what was found."""
+    rows = []
+    for entry in entries:
+        ranges = [
+            {
+                "tokens": each.tokens,
+                "waves": each.layout.waves_per_workgroup,
+                "block": each.layout.block,
+                "token_tiles": each.token_tiles,
+            }
+            for each in entry.ranges
+        ]
+        row = {"nope_dim": entry.nope_dim, "lora_rank": entry.lora_rank, "heads": entry.heads, "dependent": entry.dependent}
+        row |= {"ranges": ranges} | ({"found": remarks[entry]} if remarks and entry in remarks else {})
+        rows.append("    " + json.dumps(row))
+    head = {"format": FORMAT, "arch": arch, "source": source}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    return "{\n" + "\n".join([*lines, '  "entries": [\n' + ",\n".join(rows) + "\n  ]"]) + "\n}\n"
