@@ -1,10 +1,7 @@
 """`mlagen bench`: the request is checked before anything is timed; each row is told as it is done, and all of them at the end."""
 
 import contextlib
-import os
-import stat
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +10,7 @@ import typer
 from rich.table import Table
 
 from mlagen import __version__
+from mlagen.cli_files import file_name, refuse_unwritable, write_whole
 from mlagen.cli_options import (
     AsJson,
     Fp8Max,
@@ -39,12 +37,6 @@ DEVICE_HELP = "cuda or hip, as torch is built. Default: the GPU that torch sees.
 PEERS_HELP = "all, none, or some of eager, compile, bmm, bmm+compile, bmm+flashinfer, bmm+aiter, aiter-triton, separated by commas."
 
 
-def _file(text: str) -> Path:
-    if not text:  # an unset variable of a script
-        raise typer.BadParameter("it is empty; name a file")
-    return Path(text)
-
-
 def bench(
     model: Model,
     tp: Tp = 1,
@@ -58,8 +50,8 @@ def bench(
     peers: Annotated[str, typer.Option(help=PEERS_HELP)] = "all",
     layers: Annotated[int, typer.Option(min=1, help="Launches in a graph; more are taken where W_UK would stay in a cache.")] = 61,
     repeats: Annotated[int, typer.Option(min=1, help="Replays of each graph, of which the median counts.")] = 30,
-    csv: Annotated[Path | None, typer.Option("--csv", parser=_file, metavar="FILE", help="Write the times to it.")] = None,
-    plot: Annotated[Path | None, typer.Option(parser=_file, metavar="FILE", help="Draw them: NAME.svg or NAME.png.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", parser=file_name, metavar="FILE", help="Write the times to it.")] = None,
+    plot: Annotated[Path | None, typer.Option(parser=file_name, metavar="FILE", help="Draw them: NAME.svg or NAME.png.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time a model's kernel on this GPU, beside its peers and a kernel that only reads and writes the same bytes."""
@@ -70,7 +62,7 @@ def bench(
         raise RequestError(f"--device {device}: expected cuda or hip")
     files = {option: path for option, path in (("--csv", csv), ("--plot", plot)) if path}
     for option, path in files.items():
-        _refuse_unwritable(option, path)
+        refuse_unwritable(option, path)
     if len(set(files.values())) < len(files):
         raise RequestError(f"--csv and --plot are both {csv}; name two files")
     try:
@@ -91,7 +83,7 @@ def bench(
         _print(report, chosen)
     contents: dict[str, Callable[[], bytes]] = {"--csv": lambda: csv_text(report).encode(), "--plot": lambda: draw(report, ending)}
     for option, path in files.items():
-        _write(option, path, contents[option]())
+        write_whole(option, path, contents[option]())
     _refuse_failure(report)
 
 
@@ -179,31 +171,3 @@ def _refuse_failure(report: "Report") -> None:
     for row in report.rows:
         if OWN in row.failures:
             raise VerificationError(f"mlagen's own kernel has no time for {_tokens(row)}: {row.failures[OWN]}")
-
-
-def _refuse_unwritable(option: str, path: Path) -> None:
-    """Raise RequestError unless a file can be written to `path`."""
-
-    def refused(reason: str) -> RequestError:
-        return RequestError(f"{option} {path}: {reason}; name another file")
-
-    try:
-        if not stat.S_ISDIR(os.stat(path.parent).st_mode):
-            raise refused(f"{path.parent} is a file")
-        if path.exists() and not path.is_file():
-            raise refused("it is not a regular file")
-    except OSError as error:
-        raise refused(f"{path.parent}: {error.strerror}") from None
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise refused(f"no permission to write to {path.parent}")
-
-
-def _write(option: str, path: Path, content: bytes) -> None:
-    """Write a whole file or none.  Raises MlagenError."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".mlagen-", dir=path.parent) as aside:
-            whole = Path(aside, path.name)
-            whole.write_bytes(content)
-            os.replace(whole, path)
-    except OSError as error:
-        raise MlagenError(f"{option} {path}: {error.strerror}; nothing is left half-written; name another file") from None

@@ -173,13 +173,11 @@ def choose_schedule(
         if block is not None:
             staging = _choose_staging(lowered, target, absorb, block)
             registers = absorb.weight_registers + block // absorb.token_tile * absorb.m_tiles * absorb.atom.d.registers
-            if target.waves_per_simd(registers + OTHER_REGISTERS) * target.simds_per_cu < waves_per_workgroup:
-                raise ScheduleError(
-                    f"{waves_per_workgroup} waves of {registers + OTHER_REGISTERS} registers do not fit a compute unit"
-                )
         if registers > target.registers_per_wave_lane:
             limit = target.registers_per_wave_lane
             raise ScheduleError(f"{registers} live registers for each lane, a wave of {target.arch} has {limit}")
+        if target.waves_per_simd(registers + OTHER_REGISTERS) * target.simds_per_cu < waves_per_workgroup:
+            raise ScheduleError(f"{waves_per_workgroup} waves of {registers + OTHER_REGISTERS} registers do not fit a compute unit")
     return Schedule(
         wave=target.wave,
         waves_per_workgroup=waves_per_workgroup,

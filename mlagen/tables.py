@@ -1,7 +1,8 @@
 """Tables: which layout for how many tokens, as `mlagen tune` found it out, for the shapes that it was asked about.
 
-A shape that no table has takes the ranges of the nearest one: the nearest P, then the nearest number of heads.  A table is a JSON
-file; those of the package are in mlagen/tables/, MLAGEN_TABLES names more, which come first.
+A shape that no table has takes the ranges of the nearest one: the nearest L, then the nearest P, then the nearest number of heads.
+A table is a JSON file; those of the package are in mlagen/tuned/.  MLAGEN_TABLES names more, which come first where several are
+equally near.
 """
 
 import functools
@@ -9,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,18 @@ class Range:
 
 @dataclass(frozen=True)
 class Entry:
-    """The ranges of one shape, by rising numbers of tokens; the last one has no end."""
+    """The ranges of one shape, by rising numbers of tokens; the last one has no end.
+
+    `found` is what a measurement gave, for readers: for each number of tokens the microseconds per layer of what is used there, and
+    those of the streaming floor in the same run.
+    """
 
     nope_dim: int
     lora_rank: int
     heads: int
     dependent: bool
     ranges: tuple[Range, ...]
+    found: Mapping[str, Sequence[float]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         ends = [math.inf if each.tokens is None else each.tokens for each in self.ranges]
@@ -91,9 +97,9 @@ def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False
 def _entries(arch: str, named: str) -> tuple[Entry, ...]:
     """The entries of all tables for `arch`, those of the files that `named` lists first."""
     tables = [read_table(_read(path), path) for path in named.split(os.pathsep) if path]
-    shipped = resources.files("mlagen").joinpath("tables") / f"{arch}.json"
+    shipped = resources.files("mlagen").joinpath("tuned") / f"{arch}.json"
     if shipped.is_file():
-        tables.append(read_table(shipped.read_text(encoding="utf-8"), f"mlagen/tables/{arch}.json"))
+        tables.append(read_table(shipped.read_text(encoding="utf-8"), f"mlagen/tuned/{arch}.json"))
     return tuple(entry for found, entries in tables if found == arch for entry in entries)
 
 
@@ -131,7 +137,8 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
         )
         for each in fields["ranges"]
     )
-    return Entry(_count(fields, "nope_dim"), _count(fields, "lora_rank"), _count(fields, "heads"), dependent, ranges)
+    nope_dim, lora_rank, heads = (_count(fields, name) for name in ("nope_dim", "lora_rank", "heads"))
+    return Entry(nope_dim, lora_rank, heads, dependent, ranges, fields.get("found", {}))
 
 
 def _count(fields: Mapping[str, Any], name: str) -> int:
@@ -145,8 +152,8 @@ def _count_or_null(fields: Mapping[str, Any], name: str) -> int | None:
     return None if fields[name] is None else _count(fields, name)
 
 
-def write_table(arch: str, source: str, entries: Sequence[Entry], remarks: Mapping[Entry, Any] | None = None) -> str:
-    """The text of a table.  `source` says where it comes from: measured on which device, or modelled; `remarks` what was found."""
+def write_table(arch: str, source: str, entries: Sequence[Entry]) -> str:
+    """The text of a table.  `source` says where it comes from: measured on which device, or modelled."""
     rows = []
     for entry in entries:
         ranges = [
@@ -158,8 +165,8 @@ def write_table(arch: str, source: str, entries: Sequence[Entry], remarks: Mappi
             }
             for each in entry.ranges
         ]
-        row = {"nope_dim": entry.nope_dim, "lora_rank": entry.lora_rank, "heads": entry.heads, "dependent": entry.dependent}
-        row |= {"ranges": ranges} | ({"found": remarks[entry]} if remarks and entry in remarks else {})
+        row: dict[str, Any] = {"nope_dim": entry.nope_dim, "lora_rank": entry.lora_rank, "heads": entry.heads, "dependent": entry.dependent}
+        row |= {"ranges": ranges} | ({"found": entry.found} if entry.found else {})
         rows.append("    " + json.dumps(row))
     head = {"format": FORMAT, "arch": arch, "source": source}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]

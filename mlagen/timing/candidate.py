@@ -1,6 +1,6 @@
 """A candidate: one way to do a layer's work, ready to be recorded, checked and timed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,14 @@ class Candidate:
     check: Check
 
 
-def kernel_candidate(kernel: Kernel, workload: Workload) -> Candidate:
-    """A kernel of mlagen's, with each layer's weights packed as it wants them."""
-    packed = [kernel.pack_weights(w_uk) for w_uk in workload.w_uk]
+def pack(kernel: Kernel, workload: Workload) -> list[torch.Tensor]:
+    """Each layer's weights as the kernel, and every other one of its spec and target, wants them."""
+    return [kernel.pack_weights(w_uk) for w_uk in workload.w_uk]
+
+
+def kernel_candidate(kernel: Kernel, workload: Workload, packed: Sequence[torch.Tensor] | None = None) -> Candidate:
+    """A kernel of mlagen's; `packed` is what pack() gave, where several kernels share it."""
+    packed = pack(kernel, workload) if packed is None else packed
     caches = [cache.view(-1, BLOCK_SIZE, workload.spec.entry_dim) for cache in workload.caches]
     out = workload.empty(workload.spec.entry_dim, workload.q_dtype)
 

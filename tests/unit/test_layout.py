@@ -45,11 +45,15 @@ LAYERS = (
     Layer("verify", "verify", "runtime oracle"),
     Layer("timing", "timing", "verify"),  # one way to time: a kernel, a floor
     Layer("peers", "peers", "timing"),  # what a kernel is timed beside
-    Layer("top", "__init__ __main__ build bench ops doctor cli cli_bench cli_options cli_tools", "peers"),
+    Layer("top", "__init__ __main__ build bench tune ops doctor cli cli_bench cli_files cli_options cli_tools cli_tune", "peers"),
 )
 
 # Third-party packages that only these modules may import.
-ONLY_IN = {"jinja2": {"rendering"}, "typer": {"cli", "cli_bench", "cli_options", "cli_tools"}, "filelock": {"cache"}}
+ONLY_IN = {
+    "jinja2": {"rendering"},
+    "typer": {"cli", "cli_bench", "cli_files", "cli_options", "cli_tools", "cli_tune"},
+    "filelock": {"cache"},
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 FILE_IDS = [str(f.relative_to(PACKAGE)) for f in FILES]

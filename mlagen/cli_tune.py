@@ -1,0 +1,108 @@
+"""`mlagen tune`: times the layouts on this GPU, or asks the model, and writes a table that build and load use."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlagen.cli_files import file_name, refuse_unwritable, write_whole
+from mlagen.cli_options import KvDtype, QDtype, Tp, gpu_arch, parse_tokens
+from mlagen.errors import MlagenError, RequestError
+from mlagen.model import modelled_table
+from mlagen.shipped import request
+from mlagen.tables import Entry, read_table, write_table
+from mlagen.target import Target, find_target
+
+if TYPE_CHECKING:
+    from mlagen.spec import PrologueSpec
+
+MODELLED = ("gfx942", "gfx950")
+
+
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="A preset, a config.json, or a folder that holds one. Not needed with --device model.")
+    ] = None,
+    tp: Tp = 1,
+    q_dtype: QDtype = "fp8",
+    kv_dtype: KvDtype = "fp8",
+    device: Annotated[str | None, typer.Option(help="cuda or hip: time on this GPU; model: the shipped tables for AMD.")] = None,
+    arch: Annotated[str | None, typer.Option(help=f"With --device model: {' or '.join(MODELLED)}.")] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,16,32,64,128,256",
+    layers: Annotated[int, typer.Option(min=1, help="Launches in a graph; more are taken where W_UK would stay in a cache.")] = 61,
+    repeats: Annotated[int, typer.Option(min=1, help="Replays of each graph, of which the median counts.")] = 9,
+    out: Annotated[Path | None, typer.Option(parser=file_name, metavar="FILE", help="Table to write, or to add to.")] = None,
+) -> None:
+    """Find the fastest layouts for a model's shape and write a table; MLAGEN_TABLES=FILE makes build and load use it."""
+    counts = sorted(set(parse_tokens(tokens, least=1)))
+    if out is not None:
+        refuse_unwritable("--out", out)
+    if device == "model":
+        _write_modelled(arch, out)
+        return
+    if arch is not None:
+        raise RequestError(f"--arch {arch}: the GPU says what it is; --arch goes with --device model")
+    if device not in ("cuda", "hip", None):
+        raise RequestError(f"--device {device}: expected cuda, hip or model")
+    if model is None:
+        raise RequestError("MODEL: name a preset (see `mlagen models`), a config.json, or a folder that holds one")
+    target = find_target(gpu_arch(device))
+    wanted = request(model, tp, target, q_dtype=q_dtype, kv_dtype=kv_dtype)
+    kept = _kept(out, target)
+    with contextlib.redirect_stdout(sys.stderr):
+        found, source = _measure(wanted.spec, target, counts, layers, repeats)
+    from mlagen.tune import merge
+
+    _write(write_table(target.arch, source, merge(kept, found)), out)
+
+
+def _measure(spec: "PrologueSpec", target: Target, counts: list[int], layers: int, repeats: int) -> tuple[list[Entry], str]:
+    """The entries of a shape, telling on standard error how far it is, and what they were measured on."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise MlagenError("tune needs torch, which is not installed: pip install 'mlagen[torch]'") from None
+    from mlagen import tune as tuning
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    entries = []
+    for dependent in (False, True) if target.dependent_launch else (False,):
+        timings = []
+        for timing in tuning.time_candidates(spec, target, device, counts, dependent=dependent, layers=layers, repeats=repeats):
+            timings.append(timing)
+            best = min(timing.us, key=timing.us.__getitem__)
+            kind = "dependent launch, " if dependent else ""
+            what = f"{kind}{timing.tokens} tokens: {timing.us[best]:.2f} us per layer, stream {timing.stream:.2f}"
+            print(f"{what}; best of {len(timing.us)}: {tuning.name_of(best)}")
+        entries.append(tuning.entry_of(spec, timings, dependent=dependent))
+    return entries, f"measured by `mlagen tune` on {torch.cuda.get_device_name(device)}: us per layer, and of the streaming floor"
+
+
+def _kept(out: Path | None, target: Target) -> tuple[Entry, ...]:
+    """What is in the table that is to be added to.  Raises RequestError where it is none, or another GPU's."""
+    if out is None or not out.exists():
+        return ()
+    try:
+        text = out.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--out {out}: it cannot be read ({error}); name another file") from None
+    arch, entries = read_table(text, f"--out {out}")
+    if arch != target.arch:
+        raise RequestError(f"--out {out}: it is a table for {arch}, and this GPU is a {target.arch}; name another file")
+    return entries
+
+
+def _write_modelled(arch: str | None, out: Path | None) -> None:
+    if arch not in MODELLED:
+        raise RequestError(f"--arch {arch}: the model knows {' and '.join(MODELLED)}; name one of them")
+    _write(modelled_table(find_target(arch)), out)
+
+
+def _write(text: str, out: Path | None) -> None:
+    """To standard output where no file is named.  Raises MlagenError."""
+    if out is None:
+        print(text, end="")
+    else:
+        write_whole("--out", out, text.encode())
