@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -108,14 +109,14 @@ class NoLaunch:
     def parameters(self, address: int) -> int:
         return address
 
-    def launch(self, grid: int, block: int, parameters: int) -> None:
+    def launch(self, grid: int, block: int, parameters: int, shared_bytes: int = 0) -> None:
         pass
 
 
 def call_parts(kernel: Kernel, tensors: dict[str, object]) -> str:
     """What a call that was seen before takes without its launch, and of that, recognising the tensors and asking where they are."""
     module = NoLaunch()
-    silent = Kernel(kernel.spec, kernel.target, kernel.device, kernel.generated, module, lambda: module)
+    silent = Kernel(kernel.spec, kernel.target, kernel.device, [replace(each, module=lambda: module) for each in kernel.variants])
     silent._on_cpu = False  # on the CPU a call also looks at the slots
     whole = calls(lambda: silent(**tensors))
     (form,) = (each for each in silent._forms.values() if each.recent)

@@ -98,9 +98,10 @@ def _measure(wanted: Request, peers: Sequence["Peer"], counts: Sequence[int], la
 
     spec, target = wanted.spec, wanted.target
     kernel = load(spec, "cuda")
+    early = load(spec, "cuda", pdl=True) if target.dependent_launch else None
     left_out = {peer.name: peer.missing(target) or peer.misfit(spec, target) for peer in peers}
     fit = [peer for peer in peers if not left_out[peer.name]]
-    methods = run.methods_of(kernel, Floor(target, kernel.device), fit)
+    methods = run.methods_of(kernel, Floor(target, kernel.device), fit, early)
     layers = run.layers_of(spec, target, fit, layers)
     rows = []
     for row in run.bench(kernel, methods, counts, layers=layers, repeats=repeats):
@@ -131,7 +132,7 @@ def _times(row: "Row") -> str:
 
 
 def _print(report: "Report", peers: Sequence["Peer"]) -> None:
-    from mlagen.bench.run import OWN
+    from mlagen.bench.run import EARLY, OWN
 
     table = Table(
         box=None,
@@ -155,6 +156,8 @@ def _print(report: "Report", peers: Sequence["Peer"]) -> None:
     console.print(table)
     print(f"microseconds per layer: medians of {report.repeats} replays of {report.layers} layers in one graph")
     print("empty: a launch that does nothing; stream: one that only reads and writes the same bytes")
+    if EARLY in report.methods:
+        print(f"{EARLY}: load(pdl=True), each launch starts before the one before it has ended")
     for peer in peers:
         if peer.name in report.methods:
             print(f"{peer.name}: {peer.description}")

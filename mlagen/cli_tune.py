@@ -73,9 +73,9 @@ def _measure(spec: "PrologueSpec", target: Target, counts: list[int], layers: in
         for timing in tuning.time_candidates(spec, target, device, counts, dependent=dependent, layers=layers, repeats=repeats):
             timings.append(timing)
             best = min(timing.us, key=timing.us.__getitem__)
-            kind = "dependent launch, " if dependent else ""
-            what = f"{kind}{timing.tokens} tokens: {timing.us[best]:.2f} us per layer, stream {timing.stream:.2f}"
-            print(f"{what}; best of {len(timing.us)}: {tuning.name_of(best)}")
+            count = f"{timing.tokens} token{'' if timing.tokens == 1 else 's'}"
+            what = f"{'dependent launch, ' if dependent else ''}{count}: {timing.us[best]:.2f} us per layer"
+            print(f"{what}, stream {timing.stream:.2f}; best of {len(timing.us)}: {tuning.name_of(best)}")
         entries.append(tuning.entry_of(spec, timings, dependent=dependent))
     return entries, f"measured by `mlagen tune` on {torch.cuda.get_device_name(device)}: us per layer, and of the streaming floor"
 

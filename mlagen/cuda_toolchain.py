@@ -27,6 +27,9 @@ _NVRTC = "libnvrtc.so"
 # ptxas tells the resources; the newer ones write their options into the cubin, so that all compiles have to ask.
 _FLAGS = ("-std=c++17", "-fmad=false", "--ptxas-options=-v")
 
+# What NVRTC takes from the cache that it shares with the driver, it says nothing about.
+_NO_CACHE = "--no-cache"
+
 # Hopper's wgmma belongs to the instructions that later architectures need not have.
 _WITH_ALL_INSTRUCTIONS = {"sm_90": "sm_90a"}
 
@@ -156,7 +159,10 @@ def _nvrtc(source: str, arch: str, name: str) -> CudaBinary:
 
     program = call("nvrtcCreateProgram", source.encode(), f"{name}.hip".encode(), 0, [], [])
     try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        for tried in ([*options, _NO_CACHE], options):  # older ones do not know it, and have no cache
+            (status,) = nvrtc.nvrtcCompileProgram(program, len(tried), [option.encode() for option in tried])
+            if status != nvrtc.nvrtcResult.NVRTC_ERROR_INVALID_OPTION:
+                break
         log = b" " * call("nvrtcGetProgramLogSize", program)
         call("nvrtcGetProgramLog", program, log)
         said = log.rstrip(b"\0 ").decode("utf-8", "replace")

@@ -18,6 +18,7 @@ from mlagen.binaries import bundle_folders, jit_allowed
 from mlagen.cache import DiskCache, lock_timeout
 from mlagen.errors import MlagenError, RequestError
 from mlagen.manifest import damaged_files, read_manifest
+from mlagen.tables import read_tables
 from mlagen.target import TARGETS
 
 PACKAGES = ("jinja2", "numpy", "filelock", "ziglang", "torch", "hip-python", "cuda-bindings")
@@ -223,6 +224,7 @@ VARIABLES: dict[str, Callable[[str], object]] = {
     "MLAGEN_HOST_CXX": _any,
     "MLAGEN_JIT": lambda _: jit_allowed(),
     "MLAGEN_LOCK_TIMEOUT": lambda _: lock_timeout(),
+    "MLAGEN_TABLES": read_tables,
     "MLAGEN_TOOLCHAIN": _one_of(toolchain.TOOLCHAINS),
 }
 """Every environment variable that mlagen reads, with what raises MlagenError where its value will not do."""

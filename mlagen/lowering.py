@@ -4,6 +4,7 @@ A segment follows one source tensor to its columns of one output: Concat dissolv
 become the segment's store.  Segments share nothing, so one launch runs them side by side on different workgroups.
 """
 
+import functools
 from dataclasses import dataclass
 
 from mlagen.dtypes import DType
@@ -70,6 +71,7 @@ class Lowered:
         return tuple(segment.rope for segment in self.segments if segment.rope)
 
 
+@functools.cache
 def lower(program: Program) -> Lowered:
     """Segments of `program`.  Raises ProgramError for one that is ill-formed or that no single launch can serve."""
     types = program.verify()

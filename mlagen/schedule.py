@@ -5,6 +5,7 @@ wave holds its weight tile in registers and multiplies it with one token tile af
 in shared memory.  The other segments are cut into pieces of a few consecutive elements, and a lane owns one piece of one row.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -105,6 +106,9 @@ class Schedule:
             raise ScheduleError(
                 f"waves_per_workgroup={self.waves_per_workgroup}: {self.staging.group} waves multiply together from shared memory"
             )
+        if self.staging and not self.staging.whole_blocks(1, self.waves_per_workgroup):
+            limit = self.staging.shared_limit
+            raise ScheduleError(f"one block of {self.staging.block} tokens takes more than {limit} bytes of shared memory")
 
     @property
     def threads(self) -> int:
@@ -157,6 +161,7 @@ class Schedule:
         return head_group * self.xcds + xcd, part * self.waves_per_workgroup, split
 
 
+@functools.cache
 def choose_schedule(
     lowered: Lowered, target: Target, *, waves_per_workgroup: int = 1, m_tiles: int | None = None, block: int | None = None
 ) -> Schedule:

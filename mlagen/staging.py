@@ -44,8 +44,6 @@ class Staging:
                 places.add(p)
         if places != set(range(tiles.chunk)):
             raise ScheduleError(f"{self}: the staged query does not hold every k once")
-        if self.shared_bytes(self.block // OCTET, self.group) > self.shared_limit:
-            raise ScheduleError(f"block={self.block}: one block takes more than {self.shared_limit} bytes of shared memory")
 
     @property
     def octet_bytes(self) -> int:
@@ -98,4 +96,4 @@ class Staging:
         """`token_tiles` rounded up to whole blocks, and down to what shared memory holds."""
         block_tiles = self.block // OCTET
         room = (self.shared_limit - self.shared_bytes(0, waves)) // (block_tiles * self.tile_bytes)
-        return min(-(-token_tiles // block_tiles), room) * block_tiles
+        return max(0, min(-(-token_tiles // block_tiles), room)) * block_tiles

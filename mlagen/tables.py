@@ -96,19 +96,24 @@ def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False
 @functools.cache
 def _entries(arch: str, named: str) -> tuple[Entry, ...]:
     """The entries of all tables for `arch`, those of the files that `named` lists first."""
-    tables = [read_table(_read(path), path) for path in named.split(os.pathsep) if path]
+    tables = read_tables(named)
     shipped = resources.files("mlagen").joinpath("tuned") / f"{arch}.json"
     if shipped.is_file():
         tables.append(read_table(shipped.read_text(encoding="utf-8"), f"mlagen/tuned/{arch}.json"))
     return tuple(entry for found, entries in tables if found == arch for entry in entries)
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise RequestError(f"MLAGEN_TABLES: {path} cannot be read ({why}); name tables that `mlagen tune` wrote") from None
+def read_tables(named: str) -> list[tuple[str, tuple[Entry, ...]]]:
+    """Arch and entries of each table in a list of paths as MLAGEN_TABLES holds it.  Raises RequestError."""
+    tables = []
+    for path in filter(None, named.split(os.pathsep)):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise RequestError(f"MLAGEN_TABLES: {path} cannot be read ({why}); name tables that `mlagen tune` wrote") from None
+        tables.append(read_table(text, path))
+    return tables
 
 
 def read_table(text: str, name: str) -> tuple[str, tuple[Entry, ...]]:
@@ -165,7 +170,7 @@ def write_table(arch: str, source: str, entries: Sequence[Entry]) -> str:
             }
             for each in entry.ranges
         ]
-        row: dict[str, Any] = {"nope_dim": entry.nope_dim, "lora_rank": entry.lora_rank, "heads": entry.heads, "dependent": entry.dependent}
+        row: dict[str, Any] = {name: getattr(entry, name) for name in ("nope_dim", "lora_rank", "heads", "dependent")}
         row |= {"ranges": ranges} | ({"found": entry.found} if entry.found else {})
         rows.append("    " + json.dumps(row))
     head = {"format": FORMAT, "arch": arch, "source": source}

@@ -59,7 +59,7 @@ def candidates(spec: PrologueSpec, target: Target, tokens: int, *, dependent: bo
         except ScheduleError:
             continue
         assert schedule.absorb is not None, "what does no absorb has nothing to tune"
-        if block and block > max(tokens, 16):
+        if block and block > 2 * tokens:  # more than half of it for nothing
             continue
         tiles = -(-tokens // schedule.absorb.token_tile)
         for splits in SPLITS:

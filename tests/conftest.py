@@ -20,6 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The tests' own cache of compiled kernels, not the user's; it outlives a run, because entries are found by their content.
 os.environ["MLAGEN_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "mlagen")
 
+# The tests know the tables that are shipped, and those that they write.
+os.environ.pop("MLAGEN_TABLES", None)
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, print_blob=True)
 settings.register_profile("dev", deadline=None, max_examples=40, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))

@@ -17,7 +17,7 @@ from mlagen.timing.floor import Floor
 from mlagen.timing.graphs import Graph, Recorder, Recording, measure
 from mlagen.timing.workload import Workload, cold_layers, make_workload
 
-OWN, STREAM, EMPTY = "mlagen", "stream", "empty"
+OWN, EARLY, STREAM, EMPTY = "mlagen", "mlagen pdl", "stream", "empty"
 
 CHOICE_REPEATS = 5
 """Replays that decide which of a method's candidates is the fastest."""
@@ -46,9 +46,11 @@ class Row:
         return self.us[OWN] / self.us[STREAM] if {OWN, STREAM} <= self.us.keys() else None
 
 
-def methods_of(kernel: Kernel, floor: Floor, peers: Iterable[Peer]) -> Methods:
-    """What there is to measure, in the order of a table's columns."""
+def methods_of(kernel: Kernel, floor: Floor, peers: Iterable[Peer], early: Kernel | None = None) -> Methods:
+    """What there is to measure, in the order of a table's columns; `early` is the same kernel with dependent launch."""
     own: Methods = {EMPTY: floor.empty, STREAM: floor.stream, OWN: lambda workload: [kernel_candidate(kernel, workload)]}
+    if early is not None:
+        own = {**own, EARLY: lambda workload: [kernel_candidate(early, workload)]}
     return {**own, **{peer.name: peer.candidates for peer in peers}}
 
 

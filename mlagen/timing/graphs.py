@@ -30,7 +30,7 @@ class Graph:
 
     def __init__(self, launch: Launch, layers: int) -> None:
         """Whatever a launch does only the first time is done before the capture."""
-        self._layers = layers
+        self._layers, self._launch = layers, launch  # which holds the tensors that the graph reads
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

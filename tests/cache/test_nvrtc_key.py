@@ -101,7 +101,7 @@ def compiler(monkeypatch):
 
         def compile_device(self, source, arch, *, name, toolchain="auto"):
             self.compiles += 1
-            return CudaBinary(f"by {self.certain}".encode(), "NVRTC 13", "nvcc", "")
+            return CudaBinary(f"by {self.certain}".encode(), usage="", compiler="NVRTC 13", command="nvcc", warnings="")
 
         def fingerprint(self, toolchain="auto"):
             self.asked += 1

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from mlagen import doctor
+from mlagen.layout import Layout
+from mlagen.tables import Entry, Range, write_table
 from mlagen.target import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +198,38 @@ def test_devices_are_named_with_their_arch(monkeypatch, arch, works):
     assert first.works is works
     assert first.detail == f"Some GPU 0, {arch.partition(':')[0]}"
     assert works or all(name in first.remedy for name in TARGETS)
+
+
+# Variables
+
+
+def told_of_tables(monkeypatch, *paths: Path | str) -> doctor.Finding:
+    monkeypatch.setenv("MLAGEN_TABLES", os.pathsep.join(map(str, paths)))
+    (finding,) = (each for each in doctor._environment() if each.name == "MLAGEN_TABLES")
+    return finding
+
+
+def test_tables_are_read(monkeypatch, tmp_path):
+    """Each of the list; what is wrong with one names it, and what to do."""
+    good, bad, binary = (tmp_path / name for name in ("good.json", "bad.json", "binary.json"))
+    good.write_text(write_table("sm_90", "a test", [Entry(128, 512, 16, False, (Range(None, Layout()),))]))
+    bad.write_text(good.read_text().replace('"waves": 1', '"waves": 0'))
+    binary.write_bytes(b"\xff\xfe")
+    for paths in ((good,), ("", good, good)):
+        finding = told_of_tables(monkeypatch, *paths)
+        assert (finding.works, finding.detail, finding.remedy) == (True, os.environ["MLAGEN_TABLES"], "")
+    wrong = {
+        bad: "waves=0: must be a whole number",
+        binary: "cannot be read",
+        tmp_path: "cannot be read (Is a directory)",
+        tmp_path / "missing.json": "cannot be read (No such file or directory)",
+    }
+    for path, words in wrong.items():
+        finding = told_of_tables(monkeypatch, good, path)
+        assert not finding.works
+        assert finding.remedy.removeprefix("MLAGEN_TABLES: ").startswith(f"{path}")
+        assert words in finding.remedy
+        assert "`mlagen tune`" in finding.remedy
 
 
 def test_every_variable_that_the_package_reads_is_known():

@@ -1,4 +1,4 @@
-"""build for NVIDIA: both kernels of a request, their cubins, what they cost, and what the command line shows of that."""
+"""build for NVIDIA: all kernels of a request, their cubins, what they cost, and what the command line shows of that."""
 
 import dataclasses
 import hashlib
@@ -14,15 +14,15 @@ from cli.command import Result, run
 from mlagen import build as builder
 from mlagen import cuda_toolchain
 from mlagen.build import build
-from mlagen.codegen import generate, variants
+from mlagen.codegen import variants
 from mlagen.errors import BuildError, ToolchainError
 from mlagen.models import PRESETS
+from mlagen.schedule import WAVES_PER_SIMD_GOAL
 from mlagen.shipped import Request, request
+from mlagen.tables import choose_ranges
 from mlagen.target import find_target
 
 SM_90 = find_target("sm_90")
-NAME = "mla_prologue_p64_wbf16_l256_r32_neox_bf16_qfp8_kvfp8_fused_sm_90"
-BOTH = [NAME, f"{NAME}_unaligned"]
 FIELDS = ["registers", "shared_bytes", "local_bytes", "spill_store_bytes", "spill_load_bytes", "waves_per_simd"]
 
 
@@ -34,6 +34,12 @@ def no_settings(monkeypatch):
 
 def minicpm3(arch: str = "sm_90", tp: int = 8) -> Request:
     return request("minicpm3", tp, find_target(arch))
+
+
+KERNELS = {kernel.name: kernel for kernel in variants(minicpm3().spec, SM_90)}
+"""What minicpm3() needs, by name: for each layout of the tables, those of dependent launch too, aligned rows and others."""
+
+FIRST, *_, LAST = KERNELS
 
 
 def make(out: Path, *requests: Request, **options) -> dict[str, dict]:
@@ -62,25 +68,35 @@ def entries(built) -> dict[str, dict]:
 # What is written
 
 
+def test_there_is_a_kernel_for_every_use():
+    """For each layout that the tables choose, aligned rows and others."""
+    wanted = Counter()
+    for dependent in (False, True):
+        layouts = {each.layout for each in choose_ranges(minicpm3().spec, SM_90, dependent=dependent)}
+        wanted.update({(dependent, unaligned): len(layouts) for unaligned in (False, True)})
+    assert Counter((kernel.dependent, name.endswith("_unaligned")) for name, kernel in KERNELS.items()) == wanted
+
+
 @pytest.mark.cuda
-def test_both_kernels_are_there(built, entries):
+def test_every_kernel_is_there(built, entries):
     files = contents(built)
     del files["manifest.json"]
     described = {entry[kind]["file"]: entry[kind]["sha256"] for entry in entries.values() for kind in ("source", "binary")}
     assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == described
-    assert sorted(files) == sorted(f"{name}.{suffix}" for name in BOTH for suffix in ("cubin", "hip"))
-    for aligned, name in zip((True, False), BOTH, strict=True):
-        assert files[f"{name}.hip"].decode() == generate(minicpm3().spec, SM_90, aligned=aligned).source
+    assert sorted(files) == sorted(f"{name}.{suffix}" for name in KERNELS for suffix in ("cubin", "hip"))
+    for name, kernel in KERNELS.items():
+        assert files[f"{name}.hip"].decode() == kernel.source
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", BOTH, ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("name", KERNELS, ids=lambda name: name.rpartition("sm_90")[2] or "plain")
 def test_an_entry_describes_its_kernel(name, built, entries):
     entry = entries[name]
     assert entry["arch"] == "sm_90"
     assert entry["spec"] == dataclasses.asdict(minicpm3().spec)
     assert entry["serves"] == [{"model": "minicpm3", "tp": 8, "heads": 5}]
-    assert entry["binary"]["compiler"] == cuda_toolchain.fingerprint()[0]
+    assert entry["schedule"]["waves_per_workgroup"] == KERNELS[name].schedule.waves_per_workgroup
+    assert entry["binary"]["compiler"] == version("auto")
     assert sorted(entry["resources"]) == sorted(FIELDS)
     assert 24 <= entry["resources"]["registers"] <= 128
     assert entry["resources"]["waves_per_simd"] == SM_90.waves_per_simd(entry["resources"]["registers"])
@@ -89,16 +105,22 @@ def test_an_entry_describes_its_kernel(name, built, entries):
     assert name.encode() in (built / entry["binary"]["file"]).read_bytes()
 
 
+def version(toolchain: str) -> str:
+    """What the compiler of that name calls itself."""
+    return {"nvrtc": cuda_toolchain.nvrtc_version, "nvcc": cuda_toolchain.nvcc_identity}[cuda_toolchain._chosen(toolchain)]()
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("toolchain", ["nvrtc", "nvcc"])
 @pytest.mark.parametrize("by", ["option", "variable"])
 def test_the_toolchain_that_is_named_compiles(toolchain, by, tmp_path, monkeypatch):
     try:
-        identity, _ = cuda_toolchain.fingerprint(toolchain)
+        identity = version(toolchain)
     except ToolchainError:
         pytest.skip(toolchain)
     options = {"toolchain": toolchain} if by == "option" else {}
     monkeypatch.setenv("MLAGEN_CUDA_TOOLCHAIN", {"nvrtc": "nvcc", "nvcc": "nvrtc"}[toolchain] if options else toolchain)
+    monkeypatch.setattr(builder, "variants", lambda spec, target: variants(spec, target)[:2])  # nvcc takes its time
     made = make(tmp_path, minicpm3(), **options)
     assert [entry["binary"]["compiler"] for entry in made.values()] == [identity, identity]
 
@@ -107,42 +129,56 @@ def test_the_toolchain_that_is_named_compiles(toolchain, by, tmp_path, monkeypat
 @pytest.mark.compiler
 def test_both_platforms_share_a_folder(tmp_path, built):
     made = make(tmp_path, minicpm3("gfx950"), minicpm3(), minicpm3("gfx942"))
-    assert Counter(entry["arch"] for entry in made.values()) == {"gfx942": 1, "gfx950": 1, "sm_90": 2}
-    assert Counter(path.suffix for path in tmp_path.iterdir()) == {".hip": 4, ".co": 2, ".cubin": 2, ".json": 1}
+    ours, amds = len(KERNELS), {arch: len(variants(minicpm3(arch).spec, find_target(arch))) for arch in ("gfx942", "gfx950")}
+    assert Counter(entry["arch"] for entry in made.values()) == {**amds, "sm_90": ours}
+    amd = sum(amds.values())
+    assert Counter(path.suffix for path in tmp_path.iterdir()) == {".hip": amd + ours, ".co": amd, ".cubin": ours, ".json": 1}
     assert contents(tmp_path).items() >= {name: data for name, data in contents(built).items() if name != "manifest.json"}.items()
 
 
 @pytest.mark.cuda
 def test_kernels_that_coincide_are_built_once(tmp_path):
+    """Two numbers of heads share a kernel where they have a layout in common."""
     made = make(tmp_path, minicpm3(tp=8), minicpm3(tp=4))
-    assert sorted(made) == BOTH
-    for entry in made.values():
-        assert [each["tp"] for each in entry["serves"]] == [8, 4]
+    others = {kernel.name for kernel in variants(minicpm3(tp=4).spec, SM_90)}
+    assert made.keys() == KERNELS.keys() | others
+    assert KERNELS.keys() & others
+    for name, entry in made.items():
+        served = {8: name in KERNELS, 4: name in others}
+        assert [each["tp"] for each in entry["serves"]] == [tp for tp in (8, 4) if served[tp]]
 
 
 @pytest.mark.cuda
 def test_the_number_of_cores_changes_nothing(built, tmp_path, monkeypatch):
     """Compilers that run in this process at once do not disturb one another."""
+    others = [request("deepseek-r1", 8, SM_90, q_dtype=dtype, kv_dtype=dtype) for dtype in ("fp8", "bf16")]
     for cores in (1, 8):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)))
-        others = [request("deepseek-r1", 8, SM_90, q_dtype=q, kv_dtype=kv) for q in ("fp8", "bf16") for kv in ("fp8", "bf16")]
         make(tmp_path / str(cores), minicpm3(), *others)
     assert contents(tmp_path / "1") == contents(tmp_path / "8")
-    assert len(contents(tmp_path / "8")) == 21
-    for name in BOTH:
+    names = [kernel.name for each in (minicpm3(), *others) for kernel in variants(each.spec, SM_90)]
+    assert len(contents(tmp_path / "8")) == 1 + 2 * len(names)
+    for name in KERNELS:
         assert contents(tmp_path / "8")[f"{name}.cubin"] == contents(built)[f"{name}.cubin"]
 
 
 @pytest.mark.cuda
+@pytest.mark.slow
 def test_every_preset_builds(tmp_path):
-    """None spills, on Hopper either, and the compiler has nothing to say of any."""
+    """None spills, on Hopper either, and every workgroup has room on a multiprocessor."""
     requests = [
         request(name, 1, SM_90, q_dtype=dtype, kv_dtype=dtype) for name, shape in PRESETS.items() for dtype in ("fp8", shape.dtype)
     ]
     made = make(tmp_path, *requests)
-    assert made.keys() == {kernel.name for each in requests for kernel in variants(each.spec, SM_90)}
-    assert max(entry["resources"]["registers"] for entry in made.values()) <= 128  # for four waves on a SIMD
+    kernels = {kernel.name: kernel for each in requests for kernel in variants(each.spec, SM_90)}
+    assert made.keys() == kernels.keys()
+    for name, entry in made.items():
+        absorb, waves = kernels[name].schedule.absorb, entry["resources"]["waves_per_simd"]
+        assert waves >= (4 if absorb.nope_dim <= 128 else WAVES_PER_SIMD_GOAL), name
+        assert waves * SM_90.simds_per_cu >= entry["schedule"]["waves_per_workgroup"], name
+    # The query is staged in what a launch asks for, and this is what is there without asking.
     assert {entry["resources"]["shared_bytes"] for entry in made.values()} == {0}
+    assert any(kernel.schedule.staging for kernel in kernels.values())
 
 
 @pytest.mark.cuda
@@ -150,7 +186,7 @@ def test_the_compiler_has_nothing_to_say():
     kernels = [kernel for rounding in ("fused", "stepwise") for kernel in variants(_stepwise(rounding).spec, SM_90)]
     said = {each.name: cuda_toolchain.compile_device(each.source, "sm_90", name=each.name).warnings for each in kernels}
     assert said == dict.fromkeys(said, "")
-    assert len(said) == 4
+    assert any(kernel.schedule.staging for kernel in kernels)
 
 
 def _stepwise(rounding: str) -> Request:
@@ -170,11 +206,12 @@ extern "C" __global__ void NAME(int* out, int n)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("spilling", BOTH, ids=["aligned", "unaligned"])
-def test_local_memory_in_either_kernel_fails_the_build(spilling, tmp_path, monkeypatch):
+@pytest.mark.parametrize("spilling", [FIRST, LAST], ids=["first", "last"])
+def test_local_memory_in_any_kernel_fails_the_build(spilling, tmp_path, monkeypatch):
     def spill(spec, target):
+        source = SPILLING.replace("NAME", spilling)
         return [
-            dataclasses.replace(kernel, source=SPILLING.replace("NAME", kernel.name)) if kernel.name == spilling else kernel
+            dataclasses.replace(kernel, texts={"device": source}.__getitem__) if kernel.name == spilling else kernel
             for kernel in variants(spec, target)
         ]
 
@@ -204,18 +241,19 @@ def said(result: Result, status: int = 0) -> list[str]:
 @pytest.mark.cuda
 def test_build_says_what_it_does(tmp_path):
     result = run("build", "minicpm3", "--tp", "8", "--arch", "sm_90", "--out", tmp_path / "new")
-    assert result.err == f"built 1/2 {BOTH[0]}\nbuilt 2/2 {BOTH[1]}\n"
+    assert result.err.splitlines() == [f"built {number}/{len(KERNELS)} {name}" for number, name in enumerate(KERNELS, start=1)]
     header, *rows, last = said(result)
     assert header.split() == ["kernel", *" ".join(FIELDS).replace("_", " ").split()]
-    assert [row.split()[0] for row in rows] == BOTH
-    assert last == f"2 kernels in {tmp_path / 'new'}"
+    assert [row.split()[0] for row in rows] == list(KERNELS)
+    assert last == f"{len(KERNELS)} kernels in {tmp_path / 'new'}"
 
 
 @pytest.mark.cuda
 def test_inspect_shows_what_is_known(built, entries):
     header, *rows = said(run("inspect", built))
     assert header.split()[1] == "registers"
-    assert [row.split() for row in rows] == [[name, *(str(entries[name]["resources"][field]) for field in FIELDS)] for name in BOTH]
+    expected = [[name, *(str(entries[name]["resources"][field]) for field in FIELDS)] for name in sorted(KERNELS)]
+    assert [row.split() for row in rows] == expected
     assert "?" not in "".join(rows)
     assert json.loads("\n".join(said(run("inspect", built, "--json")))) == {"kernels": entries, "damaged": []}
 
@@ -223,28 +261,29 @@ def test_inspect_shows_what_is_known(built, entries):
 @pytest.mark.cuda
 @pytest.mark.compiler
 def test_inspect_shows_each_platform_by_itself(built, tmp_path):
-    make(tmp_path, minicpm3("gfx950"), minicpm3())
+    made = make(tmp_path, minicpm3("gfx950"), minicpm3())
+    amd = len(made) - len(KERNELS)
     text = said(run("inspect", tmp_path))
-    assert [line.split()[1] for line in text] == [
-        "vgprs", text[1].split()[1], "registers", text[3].split()[1], text[4].split()[1], "instructions", text[6].split()[1],
-    ]  # fmt: skip
-    assert text[2:5] == said(run("inspect", built))
+    headers = {number: line.split()[1] for number, line in enumerate(text) if line.split()[0] == "kernel"}
+    assert headers == {0: "vgprs", 1 + amd: "registers", 2 + amd + len(KERNELS): "instructions"}
+    assert text[1 + amd : 2 + amd + len(KERNELS)] == said(run("inspect", built))
+    assert len(text) == 3 + 2 * amd + len(KERNELS)
     assert "?" not in "".join(text)
 
 
 @pytest.mark.cuda
 def test_inspect_tells_damage(built, tmp_path):
     for name, data in contents(built).items():
-        (tmp_path / name).write_bytes(data[:-1] if name == f"{BOTH[1]}.cubin" else data)
+        (tmp_path / name).write_bytes(data[:-1] if name == f"{LAST}.cubin" else data)
     text = said(run("inspect", tmp_path), 1)
-    assert text[-1] == f"{BOTH[1]}: binary {BOTH[1]}.cubin is not the file that was built: its sha256 differs"
+    assert text[-1] == f"{LAST}: binary {LAST}.cubin is not the file that was built: its sha256 differs"
 
 
 @pytest.mark.cuda
-def test_check_looks_at_both_sources(built, tmp_path):
-    command = ("build", "minicpm3", "--arch", "sm_90", "--check", "--out")
+def test_check_looks_at_every_source(built, tmp_path):
+    command = ("build", "minicpm3", "--tp", "8", "--arch", "sm_90", "--check", "--out")
     assert said(run(*command, built)) == [f"{built}: every source is what would be generated now"]
     for name, data in contents(built).items():
-        if name != f"{BOTH[1]}.hip":
+        if name != f"{LAST}.hip":
             (tmp_path / name).write_bytes(data)
-    assert said(run(*command, tmp_path), 1) == [f"{tmp_path / BOTH[1]}.hip: No such file or directory"]
+    assert said(run(*command, tmp_path), 1) == [f"{tmp_path / LAST}.hip: No such file or directory"]

@@ -9,7 +9,7 @@ import torch
 from cli.command import run
 from helpers import small_spec
 
-from mlagen.bench.run import EMPTY, OWN, STREAM, bench, measure_methods, methods_of
+from mlagen.bench.run import EARLY, EMPTY, OWN, STREAM, bench, measure_methods, methods_of
 from mlagen.errors import MlagenError
 from mlagen.peers.registry import PEERS
 from mlagen.runtime import load
@@ -124,7 +124,7 @@ def test_the_command(tmp_path):
     result = run("bench", "minicpm3", *options, "--json", *outputs)
     assert result.status == 0, result
     found = json.loads(result.out)
-    assert [list(row["us"]) for row in found["rows"]] == [[EMPTY, STREAM, OWN, "eager", "bmm"]] * 2
+    assert [list(row["us"]) for row in found["rows"]] == [[EMPTY, STREAM, OWN, EARLY, "eager", "bmm"]] * 2
     with table.open() as file:
-        assert len(list(csv.DictReader(file))) == 10
+        assert len(list(csv.DictReader(file))) == 12
     assert run("bench", "minicpm3", *options).status == 0

@@ -2,15 +2,15 @@
 
 import functools
 import struct
-from importlib import resources
 
 import pytest
 import torch
 
-from mlagen import toolchain
+from mlagen import rendering, toolchain
 from mlagen.drivers.host import HostModule
 from mlagen.drivers.parameters import Parameters
 from mlagen.errors import MlagenError
+from mlagen.target import find_target
 
 pytestmark = pytest.mark.host
 
@@ -41,7 +41,8 @@ extern "C" int mlagen_host_launch(uint32_t grid, void** parameters, uint32_t cpu
 
 @functools.cache
 def module(body: str, waves: int) -> HostModule:
-    library = [resources.files("mlagen").joinpath("templates", "lib", name).read_text() for name in ("host.h", "host_launch.h")]
+    everything = {"target": find_target("gfx942"), "staging": True, "dependent": True}
+    library = [rendering.environment().get_template(f"lib/{name}").render(everything) for name in ("host.h", "host_launch.h")]
     source = "\n".join([*library, SKELETON.format(body=body, threads=waves * WAVE, wave=WAVE)])
     return HostModule(toolchain.compile_host(source, name="lanes"))
 
@@ -93,6 +94,34 @@ def test_shared_memory_and_barriers(waves, cpu_threads):
     workgroup, thread = grid_of(waves, 50)
     written = run(ROUNDS, waves, grid=50, cpu_threads=cpu_threads)
     assert torch.equal(written, 5 * (1000 * workgroup + 10 * (waves * WAVE - 1 - thread)) + 10)
+
+
+# As ROUNDS, among the lanes of a group of two waves; the groups do not go through as many rounds.
+GROUP_ROUNDS = """
+    uint32_t* shared = reinterpret_cast<uint32_t*>(dynamic_shared());
+    const uint32_t group = thread / 128, first = group * 128;
+    result = 0;
+    for (uint32_t round = 0; round < 5 + group; ++round) {
+        shared[thread] = 1000 * workgroup_id() + 10 * thread + round;
+        group_barrier(group, 128);
+        result += shared[first + 127 - thread % 128];
+        group_barrier(group, 128);
+    }
+    publish_shared();
+    result += shared[THREADS - 1 - thread];
+"""
+
+
+@pytest.mark.parametrize("cpu_threads", [1, 4])
+@pytest.mark.parametrize("waves", [2, 4, 6])
+def test_groups_of_waves_meet_by_themselves(waves, cpu_threads):
+    workgroup, thread = grid_of(waves, 20)
+    written = run(GROUP_ROUNDS, waves, grid=20, cpu_threads=cpu_threads)
+    group = thread // 128
+    rounds, partner = 5 + group, 1000 * workgroup + 10 * (group * 128 + 127 - thread % 128)
+    last = waves * WAVE - 1 - thread
+    expected = rounds * partner + rounds * (rounds - 1) // 2 + 1000 * workgroup + 10 * last + 4 + last // 128
+    assert torch.equal(written, expected)
 
 
 @pytest.mark.parametrize(("distance", "waves"), [(1, 1), (1, 3), (33, 2), (64, 2), (127, 2)])
@@ -160,6 +189,9 @@ DIVERGENT = {
     "some at a barrier": "if (lane < input) barrier(); else result = uniform(thread);",
     "in the last round": "for (uint32_t i = 0; i < 9; ++i) if (i < 8 || lane >= input) result = shuffle(i, 0);",
     "in one wave of several": "if (thread < 64 || lane >= input) result = uniform(thread);",
+    "some at a group barrier": "if (lane < input) group_barrier(0, 128); else barrier();",
+    "one wave of a group": "if (thread < 64 || !input) group_barrier(0, 128); barrier();",
+    "groups of different sizes": "group_barrier(0, thread < 64 && input ? 64 : 128); barrier();",
 }
 
 

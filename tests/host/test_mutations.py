@@ -169,7 +169,7 @@ def test_padding_of_the_weights_that_is_not_zero_shows():
     """Zeros of q meet the padding: NaN or infinities there would spoil every sum."""
     kernel = load(SPECS["gptj"], "cpu", arch="gfx942")
     launch = make_launch(kernel, WORKLOAD)
-    index = torch.from_numpy(packing.packing_index(kernel.generated.schedule.absorb))
+    index = torch.tensor(packing.packing_index(kernel.generated.schedule.absorb))
     packed = launch.arguments["packed"].view(3, -1)
     assert not packed[:, index == packing.PADDING].any()
     packed[:, index == packing.PADDING] = torch.nan

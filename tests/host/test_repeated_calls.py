@@ -205,7 +205,8 @@ def test_threads_with_different_numbers_of_tokens(kernel):
         ]
         for number, layout in enumerate(("dense", "joined", "sliced", "dense") * 2)
     ]
-    kernel._module.cpu_threads = 1
+    for module in {each.module() for each in kernel.variants}:
+        module.cpu_threads = 1
     together, errors = threading.Barrier(8, timeout=60), []
 
     def work(mine):

@@ -40,7 +40,8 @@ class EmulatedModule:
     def parameters(self, address: int) -> int:
         return address
 
-    def launch(self, grid: int, block: int, parameters: int) -> None:
+    def launch(self, grid: int, block: int, parameters: int, shared_bytes: int = 0) -> None:
+        assert not shared_bytes, "only kernels for NVIDIA GPUs ask for shared memory"
         self.traces = self.kernel.launch(grid, block, self._segment(parameters), self.memory, preload=self.preload)
 
     def _segment(self, parameters: int) -> bytes:

@@ -19,6 +19,7 @@ from mlagen.codegen import MARK, GeneratedKernel, generate, kernel_name, render
 from mlagen.dtypes import DType
 from mlagen.errors import SpecError
 from mlagen.ir import CacheWrite, Program, Quantize
+from mlagen.layout import Layout
 from mlagen.lowering import lower
 from mlagen.schedule import choose_schedule
 from mlagen.spec import PrologueSpec
@@ -43,39 +44,52 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "absorbed": {"weight": "none"},
     "absorbed, copied": {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rope_style": "none"},
     "padded": {"nope_dim": 48, "lora_rank": 80},
+    "padded, for groups": {"nope_dim": 48, "lora_rank": 256},
     "largest": {"heads": 4096, "nope_dim": 512, "lora_rank": 2048, "rope_dim": 512},
     "limit": {"fp8_max": 224.0},
 }
+
+LAYOUTS = {"sm_90": (Layout(1, None, True), Layout(4, 32), Layout(8, 16, True))}
+"""Layouts of each arch besides the default, which lead through templates of their own."""
+
+DOES_NOT_FIT = {("padded", Layout(4, 32)), ("padded", Layout(8, 16, True))}  # five latent tiles, and four waves multiply together
 
 
 def spec(**changes: Any) -> PrologueSpec:
     return PrologueSpec(**{**GOOD, **changes})
 
 
-def of(variant: str, arch: str) -> GeneratedKernel:
-    return generate(spec(**VARIANTS[variant]), find_target(arch))
+def of(variant: str, arch: str, layout: Layout = Layout()) -> GeneratedKernel:  # noqa: B008
+    return generate(spec(**VARIANTS[variant]), find_target(arch), layout)
 
 
 each_variant = pytest.mark.parametrize(
-    ("variant", "arch"), [(variant, arch) for variant in VARIANTS for arch in ARCHS], ids=lambda name: name.replace(" ", "-")
+    ("variant", "arch", "layout"),
+    [
+        pytest.param(variant, arch, layout, id=f"{variant}-{arch}{layout.suffix}".replace(" ", "-"))
+        for variant in VARIANTS
+        for arch in ARCHS
+        for layout in (Layout(), *LAYOUTS.get(arch, ()))
+        if (variant, layout) not in DOES_NOT_FIT
+    ],
 )
 
 
 @each_variant
-def test_host_and_device_share_the_kernel(variant, arch):
-    kernel = of(variant, arch)
+def test_host_and_device_share_the_kernel(variant, arch, layout):
+    kernel = of(variant, arch, layout)
     (library, device), (host_library, host) = (text.split(MARK) for text in (kernel.source, kernel.host_source))
     assert host.startswith(device), "the host's kernel is another one"
     assert "mlagen_host_launch" in host
     assert "mlagen_host_launch" not in device
     assert library != host_library
-    assert "__builtin_amdgcn" not in device, "a platform's primitive outside the library"
+    assert not re.search(r"__builtin_amdgcn|\basm\b|__\w+_sync", device), "a platform's primitive outside the library"
 
 
 @each_variant
-def test_the_source_reads_well(variant, arch):
+def test_the_source_reads_well(variant, arch, layout):
     """Short lines, no blank runs, no trailing blanks, nothing of the template language, one newline at the end."""
-    kernel = of(variant, arch)
+    kernel = of(variant, arch, layout)
     for text in (kernel.source, kernel.host_source):
         lines = text.split("\n")
         assert max(map(len, lines)) <= LONGEST_LINE, max(lines, key=len)
@@ -86,22 +100,24 @@ def test_the_source_reads_well(variant, arch):
 
 
 @each_variant
-def test_the_head_says_what_it_is(variant, arch):
-    kernel = of(variant, arch)
+def test_the_head_says_what_it_is(variant, arch, layout):
+    kernel = of(variant, arch, layout)
     head = kernel.source[:2000]
     assert head.startswith(f"// {kernel.name}\n")
     assert arch in head
     program = spec(**VARIANTS[variant]).program(find_target(arch))
     for line in str(program).splitlines():
         assert f"//     {line}".rstrip() in kernel.source
-    for segment in kernel.lowered.segments:
-        assert f"//     {segment.name}: " in kernel.source
+    in_grid = [segment.name for segment in kernel.lowered.segments]
+    if kernel.schedule.staging:
+        in_grid.sort(key=lambda name: not name.startswith("absorb"))
+    assert re.findall(r"^//     (\w+): ", kernel.source, re.MULTILINE) == in_grid
 
 
 @each_variant
-def test_every_argument_is_used(variant, arch):
+def test_every_argument_is_used(variant, arch, layout):
     """Declared once, passed once, and read by the kernel; the driver fills exactly these."""
-    kernel = of(variant, arch)
+    kernel = of(variant, arch, layout)
     body = kernel.source.partition(MARK)[2]
     code = re.sub(r"//.*", "", body)
     for argument in kernel.arguments:
@@ -115,13 +131,36 @@ def test_every_argument_is_used(variant, arch):
 
 
 @each_variant
-def test_every_function_and_constant_of_the_kernel_is_used(variant, arch):
+def test_every_function_and_constant_of_the_kernel_is_used(variant, arch, layout):
     """What a variant does not need is not in its source."""
-    code = re.sub(r"//.*", "", of(variant, arch).source.partition(MARK)[2])
+    code = re.sub(r"//.*", "", of(variant, arch, layout).source.partition(MARK)[2])
     defined = re.findall(r"^MLAGEN_DEVICE [\w:*& ]*?(\w+)\(", code, re.MULTILINE)
     defined += re.findall(r"^constexpr \w+ (\w+) =", code, re.MULTILINE)
     assert defined
     assert not [name for name in defined if len(re.findall(rf"\b{name}\b", code)) < 2]
+
+
+@each_variant
+def test_primitives_of_one_layout_are_only_there_where_they_are_used(variant, arch, layout):
+    kernel = of(variant, arch, layout)
+    of_staging = ("group_barrier", "publish_shared", "dynamic_shared", "load_shared", "store_shared", "multiply_block")
+    of_dependence = ("dependents_may_start", "wait_for_previous")
+    used = {*(of_staging if kernel.schedule.staging else ()), *(of_dependence if layout.dependent else ())}
+    for text in (kernel.source, kernel.host_source):
+        library, body = re.sub(r"//.*", "", text.replace(MARK, "\0")).split("\0")
+        for part in (library, body):
+            assert {name for name in (*of_staging, *of_dependence) if re.search(rf"\b{name}\(", part)} == used
+
+
+def test_a_name_tells_the_layout():
+    """What is compiled is found by its name, in a bundle and in a code object."""
+    target = find_target("sm_90")
+    layouts = [Layout(waves, block, dependent) for waves in (4, 8) for block in (None, 16, 32) for dependent in (False, True)]
+    kernels = [generate(spec(), target, layout, aligned=aligned) for layout in (Layout(), *layouts) for aligned in (True, False)]
+    assert len({kernel.name for kernel in kernels}) == len({kernel.source for kernel in kernels}) == len(kernels)
+    assert {kernel.name.partition("sm_90")[0] + "sm_90" for kernel in kernels} == {kernel_name(spec(), target)}
+    assert all(kernel.name.isidentifier() for kernel in kernels)
+    assert [kernel.dependent for kernel in kernels] == ["_pdl" in kernel.name for kernel in kernels]
 
 
 # The same bytes
@@ -154,8 +193,8 @@ for target in TARGETS.values():
 
 
 @each_variant
-def test_nothing_of_this_machine_is_in_the_source(variant, arch):
-    kernel = of(variant, arch)
+def test_nothing_of_this_machine_is_in_the_source(variant, arch, layout):
+    kernel = of(variant, arch, layout)
     for text in (kernel.source, kernel.host_source):
         assert str(ROOT) not in text
         assert not re.search(r"/(home|tmp|root|usr|work|mnt)/|\b20\d\d-\d\d-\d\d\b|0x[0-9a-f]{9,}", text)
