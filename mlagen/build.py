@@ -56,6 +56,8 @@ def compile_kernel(generated: GeneratedKernel, requests: Sequence[Request], tool
             "waves_per_workgroup": schedule.waves_per_workgroup,
             "l_tile": schedule.absorb.l_tile if schedule.absorb else None,
             "token_tile": schedule.absorb.token_tile if schedule.absorb else None,
+            "block": schedule.staging.block if schedule.staging else None,
+            "dependent": generated.dependent,
         },
         "source": {"file": f"{generated.name}.hip", "sha256": generated.source_sha256},
         "binary": {

@@ -158,6 +158,7 @@ def verify(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,64",
     device: Annotated[str, typer.Option(help="host: on the CPU, lane by lane; cuda, hip: on the GPU that torch sees.")] = "host",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random inputs.")] = 0,
+    pdl: Annotated[bool, typer.Option("--pdl", help="The kernels for dependent launch: NVIDIA only.")] = False,
 ) -> None:
     """Run a model's kernels on random inputs and compare every byte with the oracle."""
     counts = parse_tokens(tokens)
@@ -170,6 +171,11 @@ def verify(
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
     options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
+    without = [each.target.arch for each in requests if not each.target.dependent_launch]
+    if pdl and without:
+        raise RequestError(
+            f"--pdl: {', '.join(without)} start no kernel before the one before it has ended; leave it out, or --arch sm_90"
+        )
     heads = requests[0].spec.heads
     if max(counts) * heads > MAX_VERIFY_ROWS:
         raise RequestError(
@@ -185,7 +191,7 @@ def verify(
         )
         for column in ("tokens", "output", "elements", "exact", "max error", ""):
             table.add_column(column, justify="left" if column in ("output", "") else "right")
-        kernel = load(each.spec, "cpu" if device == "host" else "cuda", arch=each.target.arch)
+        kernel = load(each.spec, "cpu" if device == "host" else "cuda", arch=each.target.arch, pdl=pdl)
         for count, comparisons in checker.verify(kernel, counts, seed=seed):
             for part in comparisons:
                 failed += not part.passed

@@ -4,11 +4,18 @@ Specs and launches are two covering arrays.  A kernel is compiled for a spec and
 the launches, because kernels that differ in heads only are the same.
 """
 
+import contextlib
+
 import torch
 from helpers import Row, covering
 
+from mlagen.codegen import generate
+from mlagen.errors import ScheduleError
+from mlagen.layout import Layout
+from mlagen.runtime import Kernel, variants_of
 from mlagen.spec import PrologueSpec
-from mlagen.target import TARGETS
+from mlagen.tables import Range
+from mlagen.target import TARGETS, Target
 
 ARCHS = tuple(TARGETS)
 
@@ -45,6 +52,13 @@ LAUNCH_FACTORS = {
     "scales": ("given", "none"),
     "special": (False, True),
 }
+
+LAYOUTS = tuple(
+    Layout(waves, block, dependent)
+    for waves, block in ((1, None), (2, None), (4, None), (8, None), (4, 16), (4, 32), (8, 16), (8, 32), (16, 32))
+    for dependent in (False, True)
+)
+"""Every way to lay out the absorb that `mlagen tune` may choose, and what it leaves out."""
 
 PRODUCTS_LIMIT = 300e6
 """Multiplications of one launch: what the oracle does in a second."""
@@ -85,6 +99,22 @@ def assign(specs: list[Row], launches: list[Row]) -> list[list[Row]]:
 
 SPECS = covering(SPEC_FACTORS, sensible)
 HANDS = assign(SPECS, covering(LAUNCH_FACTORS))
+
+
+def other_layouts(spec: PrologueSpec, target: Target) -> list[Layout]:
+    """The layouts that fit a spec on a target, the one that always fits left out."""
+    found = []
+    for layout in LAYOUTS if spec.absorbs else ():
+        if layout != Layout():
+            with contextlib.suppress(ScheduleError):
+                generate(spec, target, layout)
+                found.append(layout)
+    return found
+
+
+def kernel_with(spec: PrologueSpec, target: Target, device: torch.device, layout: Layout) -> Kernel:
+    """A kernel that has one layout for all numbers of tokens."""
+    return Kernel(spec, target, device, variants_of(spec, target, device, [Range(None, layout)]))
 
 
 def label(row: Row) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.command import ROOT, Result, run
+from cli.command import ROOT, Result, line, run
 
 import mlagen
 from mlagen import build, verify
@@ -208,6 +208,20 @@ def test_verify_shows_every_output():
     assert [tuple(row.split()[:3]) for row in rows] == [(count, *output) for count in "033" for output in outputs]
     assert [row.split()[3] for row in rows[4:8]] == ["3840", "480", "768", "96"]  # of 5 heads, 256 + 32 columns
     assert all(row.rstrip().endswith("ok") for row in rows)
+
+
+@pytest.mark.host
+def test_verify_runs_the_kernels_for_dependent_launch(monkeypatch):
+    from mlagen import runtime
+
+    loaded, load = [], runtime.load
+    monkeypatch.setattr(runtime, "load", lambda *arguments, **options: loaded.append(load(*arguments, **options)) or loaded[-1])
+    assert run("verify", "minicpm3", "--tp", "8", "--arch", "sm_90", "--tokens", "1,40", "--pdl").status == 0
+    assert all(variant.generated.dependent for variant in loaded[0].variants)
+
+
+def test_no_dependent_launch_on_amd():
+    assert "gfx942" in line(verify_minicpm3("--pdl"), 2)
 
 
 @pytest.mark.host

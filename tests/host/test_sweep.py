@@ -5,10 +5,22 @@ import itertools
 import pytest
 import torch
 from helpers import Workload, check, small_spec
-from sweep import ARCHS, HANDS, LAUNCH_FACTORS, SPEC_FACTORS, SPECS, label, sensible, spec_of
+from sweep import (
+    ARCHS,
+    HANDS,
+    LAUNCH_FACTORS,
+    SPEC_FACTORS,
+    SPECS,
+    kernel_with,
+    label,
+    other_layouts,
+    sensible,
+    spec_of,
+)
 
 from mlagen import toolchain, verify
 from mlagen.runtime import load
+from mlagen.target import TARGETS
 
 pytestmark = pytest.mark.host
 
@@ -19,6 +31,20 @@ def test_any_spec_with_any_launch(row, hand, caplog):
         workload = Workload(**{name: value for name, value in launch.items() if name != "heads"})
         check(load(spec_of(row, launch["heads"]), "cpu", arch=row["arch"]), workload, seed=number)
     assert not caplog.records, "the compiler has warnings"
+
+
+@pytest.mark.parametrize(("number", "row", "hand"), list(zip(itertools.count(), SPECS, HANDS)), ids=map(label, SPECS))
+def test_any_spec_with_other_layouts(number, row, hand):
+    """Each spec with up to five of the layouts that fit it, others for each."""
+    target = TARGETS[row["arch"]]
+    layouts = other_layouts(spec_of(row, 1), target)
+    if not layouts:
+        pytest.skip("layouts")
+    step = max(1, len(layouts) // 4)
+    for seed, layout in enumerate(layouts[number % step :: step]):
+        launch = hand[seed % len(hand)]
+        workload = Workload(**{name: value for name, value in launch.items() if name != "heads"})
+        check(kernel_with(spec_of(row, launch["heads"]), target, torch.device("cpu"), layout), workload, seed=seed)
 
 
 @pytest.mark.parametrize(
