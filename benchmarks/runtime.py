@@ -22,8 +22,10 @@ from mlagen import cuda_toolchain, toolchain
 from mlagen.arguments import TENSORS
 from mlagen.codegen import generate
 from mlagen.errors import MlagenError
-from mlagen.runtime import Kernel, load
+from mlagen.layout import Layout
+from mlagen.runtime import Kernel, Variant, load
 from mlagen.spec import PrologueSpec
+from mlagen.tables import Range
 from mlagen.target import TARGETS, Target
 from mlagen.torch_types import torch_dtype
 
@@ -170,7 +172,9 @@ def main() -> None:
         print(f"{target.arch}: {compile_and_load(target)}; {fresh_loads(target.arch)}")
     if not torch.cuda.is_available():
         target = TARGETS["sm_90"]
-        kernel = Kernel(SPEC, target, torch.device("cpu"), generate(SPEC, target), NoLaunch())
+        module = NoLaunch()
+        silent = Variant(Range(None, Layout()), generate(SPEC, target), lambda: module)
+        kernel = Kernel(SPEC, target, torch.device("cpu"), [silent])
         print(f"no GPU: a call with tensors of the CPU, {call_parts(kernel, arguments(kernel))}")
         return
     print(f"{torch.cuda.get_device_name()}: {fresh_loads('cuda')}")

@@ -270,7 +270,7 @@ MLAGEN_DEVICE Accumulator multiply(Fragment w, Fragment q, Accumulator sums)
 constexpr uint32_t THREADS = 64;  // lanes of a workgroup
 
 struct Arguments {
-    const bf16* w_uk;                   // packed: [H, tiles, chunks, fragments, lanes, 8]
+    const bf16* w_uk;                   // packed: [H, tiles, chunks, m, fragments, lanes, 8]
     const bf16* q_nope;                 // [T, H, 64]
     int64_t q_nope_token_stride;        // of q_nope, in elements
     int64_t q_nope_head_stride;         // of q_nope, in elements
@@ -472,7 +472,7 @@ MLAGEN_DEVICE void copy_kv_c(const Arguments& args, uint32_t workgroup)
 //
 // A workgroup owns one head, one latent tile for each of its waves, and token_tiles_per_workgroup tiles of tokens.  The latent
 // columns are the rows of the product, the tokens its columns.  The packed weights lie in the order of the loads below.  A lane
-// multiplies 8 consecutive k of one token, and ends with L_RUN consecutive latent columns of one token.
+// multiplies 8 consecutive k of one token at a time, and ends with L_RUN consecutive latent columns of its tokens.
 MLAGEN_DEVICE void absorb_q_nope(const Arguments& args, uint32_t workgroup)
 {
     const uint32_t lane = thread_id() % WAVE;

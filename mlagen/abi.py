@@ -54,7 +54,7 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[A
 
     q, kv = lowered.sink("q"), lowered.sink("kv")
     if lowered.absorb:
-        pointer("w_uk", f"const {element}", "packed: [H, tiles, chunks, fragments, lanes, 8]")
+        pointer("w_uk", f"const {element}", "packed: [H, tiles, chunks, m, fragments, lanes, 8]")
     first = lowered.absorb.source if lowered.absorb else None
     if first:
         source(first, by_head=True)

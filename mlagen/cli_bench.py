@@ -157,7 +157,7 @@ def _print(report: "Report", peers: Sequence["Peer"]) -> None:
     print(f"microseconds per layer: medians of {report.repeats} replays of {report.layers} layers in one graph")
     print("empty: a launch that does nothing; stream: one that only reads and writes the same bytes")
     if EARLY in report.methods:
-        print(f"{EARLY}: load(pdl=True), each launch starts before the one before it has ended")
+        print(f"{EARLY}: load(pdl=True), each launch may start before the one before it has ended")
     for peer in peers:
         if peer.name in report.methods:
             print(f"{peer.name}: {peer.description}")

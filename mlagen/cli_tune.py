@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlagen.cli_files import file_name, refuse_unwritable, write_whole
-from mlagen.cli_options import KvDtype, QDtype, Tp, gpu_arch, parse_tokens
+from mlagen.cli_options import Tp, gpu_arch, parse_tokens
 from mlagen.errors import MlagenError, RequestError
-from mlagen.model import modelled_table
+from mlagen.model import CLOCK, SOURCE, modelled_table
+from mlagen.models import resolve_model
 from mlagen.shipped import request
-from mlagen.tables import Entry, read_table, write_table
+from mlagen.tables import Entry, read_table, table_source, write_table
 from mlagen.target import Target, find_target
 
 if TYPE_CHECKING:
     from mlagen.spec import PrologueSpec
 
-MODELLED = ("gfx942", "gfx950")
+MODELLED = tuple(CLOCK)
 
 
 def tune(
@@ -26,8 +27,6 @@ def tune(
         str | None, typer.Argument(help="A preset, a config.json, or a folder that holds one. Not needed with --device model.")
     ] = None,
     tp: Tp = 1,
-    q_dtype: QDtype = "fp8",
-    kv_dtype: KvDtype = "fp8",
     device: Annotated[str | None, typer.Option(help="cuda or hip: time on this GPU; model: the shipped tables for AMD.")] = None,
     arch: Annotated[str | None, typer.Option(help=f"With --device model: {' or '.join(MODELLED)}.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,16,32,64,128,256",
@@ -40,6 +39,8 @@ def tune(
     if out is not None:
         refuse_unwritable("--out", out)
     if device == "model":
+        if model is not None:
+            raise RequestError(f"MODEL is {model}: the model of the hardware does all shipped shapes at once; leave it out")
         _write_modelled(arch, out)
         return
     if arch is not None:
@@ -48,18 +49,28 @@ def tune(
         raise RequestError(f"--device {device}: expected cuda, hip or model")
     if model is None:
         raise RequestError("MODEL: name a preset (see `mlagen models`), a config.json, or a folder that holds one")
+    resolve_model(model)  # before the GPU is asked for anything
     target = find_target(gpu_arch(device))
-    wanted = request(model, tp, target, q_dtype=q_dtype, kv_dtype=kv_dtype)
-    kept = _kept(out, target)
+    wanted = request(model, tp, target)
+    source = _source()
+    kept = _kept(out, target, source)
     with contextlib.redirect_stdout(sys.stderr):
-        found, source = _measure(wanted.spec, target, counts, layers, repeats)
+        found = _measure(wanted.spec, target, counts, layers, repeats)
     from mlagen.tune import merge
 
     _write(write_table(target.arch, source, merge(kept, found)), out)
 
 
-def _measure(spec: "PrologueSpec", target: Target, counts: list[int], layers: int, repeats: int) -> tuple[list[Entry], str]:
-    """The entries of a shape, telling on standard error how far it is, and what they were measured on."""
+def _source() -> str:
+    """What a table that is measured here says of itself."""
+    import torch
+
+    name = torch.cuda.get_device_name(torch.cuda.current_device())
+    return f"measured by `mlagen tune` on one {name}, fp8 query and cache: us per layer, and of the streaming floor"
+
+
+def _measure(spec: "PrologueSpec", target: Target, counts: list[int], layers: int, repeats: int) -> list[Entry]:
+    """The entries of a shape, telling on standard error how far it is."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -77,11 +88,11 @@ def _measure(spec: "PrologueSpec", target: Target, counts: list[int], layers: in
             what = f"{'dependent launch, ' if dependent else ''}{count}: {timing.us[best]:.2f} us per layer"
             print(f"{what}, stream {timing.stream:.2f}; best of {len(timing.us)}: {tuning.name_of(best)}")
         entries.append(tuning.entry_of(spec, timings, dependent=dependent))
-    return entries, f"measured by `mlagen tune` on {torch.cuda.get_device_name(device)}: us per layer, and of the streaming floor"
+    return entries
 
 
-def _kept(out: Path | None, target: Target) -> tuple[Entry, ...]:
-    """What is in the table that is to be added to.  Raises RequestError where it is none, or another GPU's."""
+def _kept(out: Path | None, target: Target, source: str) -> tuple[Entry, ...]:
+    """What is in the table that is to be added to.  Raises RequestError where it is none, or comes from elsewhere."""
     if out is None or not out.exists():
         return ()
     try:
@@ -90,13 +101,17 @@ def _kept(out: Path | None, target: Target) -> tuple[Entry, ...]:
         raise RequestError(f"--out {out}: it cannot be read ({error}); name another file") from None
     arch, entries = read_table(text, f"--out {out}")
     if arch != target.arch:
-        raise RequestError(f"--out {out}: it is a table for {arch}, and this GPU is a {target.arch}; name another file")
+        raise RequestError(f"--out {out}: it is a table for {arch}, and this is for {target.arch}; name another file")
+    if table_source(text) != source:
+        raise RequestError(f"--out {out}: it is {table_source(text)!r}, and this is {source!r}; name another file")
     return entries
 
 
 def _write_modelled(arch: str | None, out: Path | None) -> None:
     if arch not in MODELLED:
-        raise RequestError(f"--arch {arch}: the model knows {' and '.join(MODELLED)}; name one of them")
+        asked = f"--arch {arch}" if arch else "--arch is missing"
+        raise RequestError(f"{asked}: the model knows {' and '.join(MODELLED)}; name one of them")
+    _kept(out, find_target(arch), SOURCE)
     _write(modelled_table(find_target(arch)), out)
 
 

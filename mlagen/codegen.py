@@ -79,7 +79,10 @@ def generate(spec: PrologueSpec, target: Target, layout: Layout = Layout(), *, a
 
 
 def variants(spec: PrologueSpec, target: Target) -> tuple[GeneratedKernel, ...]:
-    """Every kernel that a call of `spec` on `target` may need: what a bundle has to hold to do without the compiler."""
+    """Every kernel that a call of `spec` on `target` may need: what a bundle has to hold to do without the compiler.
+
+    On sm_90 the layouts, and so the kernels, depend on the number of heads; on all targets on MLAGEN_TABLES.
+    """
     alignments = (True,) if target.unaligned_access else (True, False)
     launches = (False, True) if target.dependent_launch else (False,)
     layouts = [each.layout for dependent in launches for each in choose_ranges(spec, target, dependent=dependent)]
@@ -248,14 +251,14 @@ def _lane_expressions(tiles: AbsorbTiles) -> Mapping[str, str]:
 
 def _wgmma_operands(staging: Staging) -> Mapping[str, Any]:
     """The operand lists of one instruction that multiplies a block: its sums, 4 for each token tile, then the weights."""
-    sums = staging.block // staging.tiles.token_tile * staging.tiles.atom.d.registers
+    sums = staging.block_tiles * staging.tiles.atom.d.registers
     return {
         "sums": ", ".join(f"%{number}" for number in range(sums)),
         "weights": ", ".join(f"%{sums + number}" for number in range(4)),
         "operands": sums + 4,
         "outputs": [
             ", ".join(f'"+f"(sums[{tile}][m].sums[{i}])' for i in range(staging.tiles.atom.d.registers))
-            for tile in range(staging.block // staging.tiles.token_tile)
+            for tile in range(staging.block_tiles)
         ],
     }
 

@@ -54,6 +54,7 @@ class Kernel:
         if type(self.unit_scales[0]) is not torch.Tensor:
             found = type(self.unit_scales[0]).__name__
             raise MlagenError(f"load: a tensor made here is a {found}: load kernels outside of fake modes")
+        self._wait()  # the first call may be on another stream
         tiles = self.generated.schedule.absorb
         self._packed_shape: Sequence[int] = packed_shape(tiles) if tiles else ()
         self._out_dtype = self._checker.fp8 if spec.q_dtype == "fp8" else self._checker.model
@@ -82,7 +83,14 @@ class Kernel:
         packed = weights.reshape(self.spec.heads, -1)[:, index.clamp(min=0)]
         if tiles.padded:
             packed[:, index == PADDING] = 0
+        if self.generated.dependent:
+            self._wait()  # these kernels read weights before the kernel before them has ended
         return packed.reshape(self.spec.heads, *self._packed_shape)
+
+    def _wait(self) -> None:
+        """Until what the current stream was given to do is done."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def __call__(
         self,
@@ -199,9 +207,12 @@ def load(
     on that GPU.  `bundle` is a folder that `mlagen build` wrote, or several; MLAGEN_BUNDLE_PATH names more.  MLAGEN_JIT=0 forbids
     the compiler.  Threads that load the same kernel get the same one, made once; others do not wait for each other.
 
-    pdl=True is NVIDIA's programmatic dependent launch: each launch starts while the kernel before it in the stream still runs, asks
-    for the weights, and waits with all else until that one has ended.  So the packed weights must not be what a kernel wrote that
-    lets others start before its end; those that torch's operators wrote are safe.
+    pdl=True is NVIDIA's programmatic dependent launch: a launch may start once every workgroup of the kernel before it in the
+    stream has allowed it (these kernels do, early) or has ended; it asks for the weights, and waits with all else until that kernel
+    has ended and what it wrote is seen.  So packed weights must be complete before: pack_weights of such a kernel waits for its
+    stream, and whoever writes them in another way must wait as well.
+
+    What was loaded stays: later changes of MLAGEN_TABLES, of a table or of `bundle` have no effect on a kernel of this process.
 
     Raises TargetError for an unknown arch or device, ScheduleError where the target has no dependent launch, SpecError,
     ToolchainError, BuildError, MissingKernelError where MLAGEN_JIT=0 and nothing is built.
@@ -295,6 +306,11 @@ def _load_module(
         from mlagen.drivers.host import HostModule
 
         return HostModule(host_library(spec, generated))
+    if torch.cuda.is_current_stream_capturing():
+        raise MlagenError(
+            f"kernel {generated.name} is not loaded yet, and the current stream is being captured: make a call with tensors like "
+            "these before the capture (rows that do not start at multiples of 16 bytes have a kernel of their own)"
+        )
     binary = device_binary(spec, generated, target, bundle)
     shared_limit = target.lds_bytes if generated.schedule.staging else 0
     return open_module(binary, generated.name, target, device, shared_limit=shared_limit, dependent=generated.dependent)

@@ -25,6 +25,9 @@ M_TILES = {"amd": (4, 2, 1), "nvidia": (2, 1)}
 """Atoms that may make a weight tile, best first.  AMD: with four a lane stores 16 fp8 codes at once.  NVIDIA: two, so that one head
 has enough warps, and a lane's fp8 codes still fill a word."""
 
+MAX_THREADS = 1024
+"""Lanes of a workgroup, on all targets."""
+
 OTHER_REGISTERS = 32
 """Registers for addresses and the like, beside the weights, q and the sums."""
 
@@ -102,6 +105,8 @@ class Schedule:
             raise ScheduleError(
                 f"waves_per_workgroup={self.waves_per_workgroup} does not divide {self.absorb.l_tiles} latent tiles of a head"
             )
+        if self.threads > MAX_THREADS:
+            raise ScheduleError(f"{self.waves_per_workgroup} waves are {self.threads} lanes; a workgroup has {MAX_THREADS} at most")
         if self.staging and self.waves_per_workgroup % self.staging.group:
             raise ScheduleError(
                 f"waves_per_workgroup={self.waves_per_workgroup}: {self.staging.group} waves multiply together from shared memory"

@@ -65,6 +65,31 @@ class Staging:
         return self.tiles.chunk // self.tiles.fragment_k
 
     @property
+    def block_tiles(self) -> int:
+        """Token tiles of a block."""
+        return self.block // OCTET
+
+    @property
+    def chunk_bytes(self) -> int:
+        """From one chunk to the next."""
+        return self.chunk_fragments * self.octet_bytes
+
+    @property
+    def octet_step(self) -> int:
+        """From one octet to the next along k, in the descriptor's units."""
+        return self.octet_bytes // FRAGMENT_BYTES
+
+    @property
+    def tile_step(self) -> int:
+        """From one token tile to the next, in the descriptor's units."""
+        return self.tile_bytes // FRAGMENT_BYTES
+
+    @property
+    def octets_per_atom(self) -> int:
+        """Octets that one instruction multiplies."""
+        return self.tiles.atom.k // OCTET
+
+    @property
     def row_bytes(self) -> int:
         """What a group of waves has of a row of the output."""
         return self.group * self.tiles.l_tile * self.out_bytes
@@ -94,6 +119,5 @@ class Staging:
 
     def whole_blocks(self, token_tiles: int, waves: int) -> int:
         """`token_tiles` rounded up to whole blocks, and down to what shared memory holds."""
-        block_tiles = self.block // OCTET
-        room = (self.shared_limit - self.shared_bytes(0, waves)) // (block_tiles * self.tile_bytes)
-        return max(0, min(-(-token_tiles // block_tiles), room)) * block_tiles
+        room = (self.shared_limit - self.shared_bytes(0, waves)) // (self.block_tiles * self.tile_bytes)
+        return max(0, min(-(-token_tiles // self.block_tiles), room)) * self.block_tiles

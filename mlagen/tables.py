@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -125,9 +126,14 @@ def read_table(text: str, name: str) -> tuple[str, tuple[Entry, ...]]:
         return str(table["arch"]), tuple(_entry(each) for each in table["entries"])
     except RequestError as error:
         why = str(error)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
     raise RequestError(f"{name}: not a table that this mlagen can use ({why}); write it again with `mlagen tune`")
+
+
+def table_source(text: str) -> str:
+    """Where a table that read_table accepts comes from."""
+    return str(json.loads(text).get("source", ""))
 
 
 def _entry(fields: Mapping[str, Any]) -> Entry:
@@ -148,8 +154,8 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
 
 def _count(fields: Mapping[str, Any], name: str) -> int:
     value = fields[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"{name}={value!r}: must be a whole number, 1 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise RequestError(f"{name}={reprlib.repr(value)}: must be a whole number from 1 to {2**31 - 1}")
     return value
 
 

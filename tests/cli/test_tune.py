@@ -25,7 +25,9 @@ def test_the_model_writes_the_shipped_table(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--device", "model"), "the model knows gfx942 and gfx950; name one of them"),
+        (("--device", "model"), "--arch is missing: the model knows gfx942 and gfx950; name one of them"),
+        (("--device", "model", "--arch", "gfx950", "minicpm3"), "MODEL is minicpm3: the model of the hardware does all"),
+        (("nope",), "nope"),
         (("--device", "model", "--arch", "sm_90"), "--arch sm_90: the model knows gfx942 and gfx950"),
         (("--device", "cpu", *MODEL), "--device cpu: expected cuda, hip or model"),
         (("--arch", "gfx950", *MODEL), "--arch goes with --device model"),
@@ -74,7 +76,19 @@ def test_another_gpus_table_is_left_alone(gpu, tmp_path):
     before = table.read_bytes()
     result = run("tune", *MODEL, "--out", table)
     assert (result.status, table.read_bytes()) == (2, before)
-    assert "it is a table for gfx942, and this GPU is a sm_90" in line(result, 2)
+    assert "it is a table for gfx942, and this is for sm_90" in line(result, 2)
+
+
+def test_a_table_has_one_source(gpu, tmp_path, monkeypatch):
+    """What was measured elsewhere is not called measured here, and nothing modelled takes the place of a measurement."""
+    table = tmp_path / "table.json"
+    assert run("tune", *MODEL, "--tokens", "1", "--out", table).status == 0
+    before = table.read_bytes()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    assert "H100" in line(run("tune", *MODEL, "--tokens", "1", "--out", table), 2)
+    monkeypatch.setattr(cli_tune, "MODELLED", ("sm_90",))
+    assert "modelled" in line(run("tune", "--device", "model", "--arch", "sm_90", "--out", table), 2)
+    assert table.read_bytes() == before
 
 
 def test_what_tune_writes_load_uses(gpu, tmp_path, monkeypatch):

@@ -329,3 +329,24 @@ def test_the_flavour_is_the_arches():
         source = of("plain", arch).source
         assert f"using target_fp8 = {flavour.value.cpp};" in source
         assert f"{flavour.largest:g}.0f" in source
+
+
+# Dependent launch
+
+
+@pytest.mark.parametrize("layout", [Layout(1, None, True), Layout(2, None, True), Layout(8, 16, True)], ids=str)
+def test_a_dependent_kernel_waits_before_it_touches_what_others_write(layout):
+    """Only weights and arguments come before the wait; on the CPU, where kernels follow each other, none would be missed."""
+    body = re.sub(r"//.*", "", generate(spec(), find_target("sm_90"), layout).source.partition(MARK)[2])
+    absorb, kernel = body.split("MLAGEN_DEVICE void absorb_q_nope(")[1].split('extern "C"')
+    for text, first_touches in (
+        (absorb, ("load_query", "args.q_nope", "args.q_scale", "quantize(", "store_words(", "stage_query(")),
+        (kernel.partition("absorb_q_nope(args")[2], ("rotate_k_pe(", "rotate_q_pe(", "copy_kv_c(")),
+    ):
+        waited = text.index("wait_for_previous();")
+        assert text.index("dependents_may_start();") < waited
+        for touch in first_touches:
+            assert touch not in text[:waited], touch
+        assert any(touch in text[waited:] for touch in first_touches)
+    assert absorb.index("load_weights(") < absorb.index("dependents_may_start();"), "loads of the next kernel would get ahead"
+    assert kernel.count("wait_for_previous();") == 1

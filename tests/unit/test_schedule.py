@@ -322,6 +322,13 @@ def test_a_schedule_that_does_not_fit_is_refused(options):
         choose_schedule(lowered_of("gfx942"), find_target("gfx942"), **options)
 
 
+def test_a_workgroup_has_so_many_lanes():
+    lowered = lowered_of("gfx950", nope_dim=16, lora_rank=2048)
+    assert choose_schedule(lowered, find_target("gfx950"), waves_per_workgroup=16).threads == 1024
+    with pytest.raises(ScheduleError, match="32 waves"):
+        choose_schedule(lowered, find_target("gfx950"), waves_per_workgroup=32)
+
+
 @each_arch
 @pytest.mark.parametrize("nope_dim", [16, 128, 192, 256, 512])
 def test_the_chosen_tile_fits_the_registers(arch, nope_dim):

@@ -292,3 +292,15 @@ def test_every_shipped_model_has_ranges_that_fit_and_cover_all_tokens(spec, targ
         choose_schedule(lowered, target, waves_per_workgroup=layout.waves_per_workgroup, block=layout.block)
     if spec.absorbs:
         assert all(each.token_tiles for each in ranges), "no table has this shape"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "arch": "gfx942", "entries": ' + "[" * 100_000])
+def test_a_table_that_is_nested_too_deeply(text):
+    with pytest.raises(RequestError, match="not a table"):
+        read_table(text, "it")
+
+
+def test_a_number_that_no_shape_has():
+    text = write_table("gfx942", "a test", [entry(1)]).replace('"heads": ', '"heads": 1' + "0" * 400)
+    with pytest.raises(RequestError, match=r"heads=.*must be a whole number"):
+        read_table(text, "it")
