@@ -12,7 +12,7 @@ from helpers import single_kernel
 from mlagen import plan as plans
 from mlagen import runtime
 from mlagen.codegen import generate
-from mlagen.errors import ArgumentError
+from mlagen.errors import ArgumentError, MlagenError
 from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS
 
@@ -239,3 +239,12 @@ class TestAlignment:
         call["kv_c"] = shifted(call["kv_c"])
         kernel(**call)
         assert_launched(module.launches[-1], call)
+
+
+def test_nothing_is_loaded_in_the_middle_of_a_capture(monkeypatch):
+    """Rows that are not aligned need another kernel than the one that load() loaded."""
+    target = TARGETS["sm_90"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(runtime, "device_binary", None)
+    with pytest.raises(MlagenError, match="before the capture"):
+        runtime._load_module(SPEC, target, torch.device("cuda", 0), None, generate(SPEC, target, aligned=False))
