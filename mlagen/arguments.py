@@ -21,7 +21,7 @@ class Binding:
 
     `values` are the arguments that are numbers; `pointers` say, for each argument that is an address, in which of the call's
     tensors it lies and how many bytes from its start; `wide` are those that the kernel reads or writes 16 bytes at a time, and
-    `aligned` says that all of their strides are multiples of 16 bytes.
+    `aligned` says that all of their strides are multiples of 16 bytes, and so is where the second part of a written row starts.
     """
 
     tokens: int
@@ -141,7 +141,7 @@ class Checker:
         return self.tensor(name, value, (extent,), (torch.int64, torch.int32), rows_free=False)
 
     def output(self, out: object, tokens: int) -> torch.Tensor:
-        """q_out [T, H' >= H, L+R]."""
+        """q_out [T, H' >= H, L+R]; its columns, like those of the cache, are in the order that the spec's nope_first says."""
         dtype = self.fp8 if self.spec.q_dtype == "fp8" else self.model
         found = self.tensor("out", out, (tokens, f">={self.spec.heads}", self.spec.entry_dim), (dtype,))
         return self.distinct_rows("out", found)
@@ -235,6 +235,8 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
         pointers[name] = (TENSORS.index(tensor), view.data_ptr() - base.data_ptr())
     wide = tuple(name for name in views if name in WIDE)
     strides = [stride * view.element_size() for _, view in map(views.__getitem__, wide) for stride in view.stride()[:-1]]
+    if not spec.nope_first:  # the latent starts that far into a row, which must not take it off its alignment
+        strides += [spec.rope_dim * views[name][1].element_size() for name in ("q_out", "kv_cache")]
     return Binding(tokens, values, pointers, wide, not any(stride % WIDE_BYTES for stride in strides))
 
 

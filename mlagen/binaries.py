@@ -173,6 +173,7 @@ def _options(spec: PrologueSpec, generated: GeneratedKernel) -> str:
     options = [_model(spec), f"--arch {generated.arch}", f"--q-dtype {spec.q_dtype}", f"--kv-dtype {spec.kv_dtype}"]
     options += [f"--weight {spec.weight}", f"--rounding {spec.rounding}"]
     options += [f"--fp8-max {spec.fp8_max!r}"] if spec.fp8_max is not None else []
+    options += [] if spec.nope_first else ["--rope-first"]
     return " ".join(options)
 
 

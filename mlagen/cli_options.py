@@ -21,6 +21,9 @@ QDtype = Annotated[str, typer.Option("--q-dtype", help="fp8, or the model's dtyp
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="fp8, or the model's dtype: bf16, fp16.")]
 Rounding = Annotated[str, typer.Option(help="fused: fp32 up to the end; stepwise: round where separate operators would.")]
 Fp8Max = Annotated[float | None, typer.Option("--fp8-max", help="Saturate fp8 below the format's limit (vLLM: 224 on gfx942).")]
+RopeFirst = Annotated[
+    bool, typer.Option("--rope-first", help="The rotary columns before the latent ones in q_out and in the cache.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

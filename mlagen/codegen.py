@@ -96,6 +96,8 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
     parts += [f"q{spec.q_dtype}", f"kv{spec.kv_dtype}", spec.rounding]
     if spec.fp8_max is not None and spec.fp8_max != target.fp8.largest:
         parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
+    if not spec.nope_first:
+        parts.append("ropefirst")
     return "_".join([*parts, target.arch])
 
 
@@ -316,6 +318,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         "store_options": options,
         "scale": sink.quantize.scale,
         "destination": f"{row} + {column}",
+        "column_offset": f" + {segment.column}" if segment.column else "",
         "rows": rows,
         "head_offset": f" + head * args.{segment.source}_head_stride" if by_head else "",
         "pieces": pieces,

@@ -55,27 +55,31 @@ def spec_to_str(spec: PrologueSpec) -> str:
 @functools.cache
 def spec_from_str(text: str) -> PrologueSpec:
     """The spec that spec_to_str wrote as `text`; a field that is left out has its default.  Raises SpecError."""
-    readers = {field: _reader(annotation) for field, annotation in typing.get_type_hints(PrologueSpec).items()}
+    kinds = {field: _kind(annotation) for field, annotation in typing.get_type_hints(PrologueSpec).items()}
     values: dict[str, typing.Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in readers or name in values:
-            raise SpecError(f"spec={text!r}: {part!r} is not one of {', '.join(f'{field}=...' for field in readers)}, each once")
+        if name not in kinds or name in values:
+            raise SpecError(f"spec={text!r}: {part!r} is not one of {', '.join(f'{field}=...' for field in kinds)}, each once")
         try:
-            values[name] = readers[name](value)
-        except ValueError:
-            raise SpecError(f"spec={text!r}: {part!r} is not {readers[name].__name__}") from None
+            values[name] = _TRUTHS[value] if kinds[name] is bool else kinds[name](value)
+        except (ValueError, KeyError):
+            raise SpecError(f"spec={text!r}: {part!r} is not {kinds[name].__name__}") from None
     required = [field.name for field in dataclasses.fields(PrologueSpec) if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise SpecError(f"spec={text!r}: {', '.join(missing)} missing; write it with mlagen.ops.spec_to_str")
     return PrologueSpec(**values)
 
 
-def _reader(annotation: object) -> type:
-    """The type whose constructor reads a field's text: int, float or str, without the None of an optional one."""
+_TRUTHS = {"True": True, "False": False}
+"""A bool's constructor takes any text for true."""
+
+
+def _kind(annotation: object) -> type:
+    """The type of a field's values, without the None of an optional one; its constructor reads their text, but for bool."""
     if isinstance(annotation, types.UnionType):
         (annotation,) = (each for each in typing.get_args(annotation) if each is not types.NoneType)
-    assert annotation in (int, float, str), f"a spec's field of type {annotation} needs a reader"
+    assert annotation in (int, float, str, bool), f"a spec's field of type {annotation} needs a reader"
     return typing.cast(type, annotation)
 
 

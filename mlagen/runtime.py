@@ -112,7 +112,8 @@ class Kernel:
         q [T,H,P+R] or the pair q_nope [T,H,P], q_pe [T,H,R]; kv_c [T,L]; k_pe [T,R] or [T,1,R]: the model's dtype, unit last
         stride, other strides free.  packed: what pack_weights gave, None where weight="none".  kv_cache [blocks, block_size, L+R]:
         the model's dtype, the arch's fp8, or uint8 seen as that.  slot_mapping [>= T], positions [T]: int64 or int32; a negative
-        slot leaves the cache alone, a position is clamped to the table.  cos_sin_cache [max_position, R] = [cos | sin], or the pair
+        slot leaves the cache alone, a position is clamped to the table.  The rows of q_out and of the cache are [latent | rotary],
+        or [rotary | latent] where the spec has nope_first=False.  cos_sin_cache [max_position, R] = [cos | sin], or the pair
         (cos, sin) [max_position, R/2] each: the model's dtype or fp32.  q_scale, k_scale: fp32, 0-dim or [1], on the device,
         value = code * scale; None is 1; not read where the output is not fp8.  positions and cos_sin_cache are not read, and may
         be None, where rope_style is "none"; k_pe may be None where rope_dim is 0.

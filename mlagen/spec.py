@@ -25,7 +25,8 @@ class PrologueSpec:
     dtype: the model's, "bf16" or "fp16".  weight: the type of W_UK, or "none" where q_nope arrives absorbed as [T,H,L]; None takes
     the model's.  q_dtype, kv_dtype: "fp8" (in the arch's flavour) or the model's dtype.  rounding: "fused" keeps fp32 up to the
     final conversion, "stepwise" rounds to the model dtype where separate operators would.  fp8_max lowers the magnitude at which
-    fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.
+    fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.  nope_first: in the rows of both outputs the L latent
+    columns come before the R rotary ones; False is the other way round.
 
     Raises SpecError, naming the field, what it was and what it may be.
     """
@@ -41,6 +42,7 @@ class PrologueSpec:
     kv_dtype: str = "fp8"
     rounding: str = "fused"
     fp8_max: float | None = None
+    nope_first: bool = True
 
     def __post_init__(self) -> None:
         model_dtype(self.dtype)
@@ -61,6 +63,10 @@ class PrologueSpec:
             if "fp8" not in (self.q_dtype, self.kv_dtype):
                 raise SpecError(f"fp8_max={self.fp8_max!r} without an fp8 output: leave it out, or ask for an fp8 query or cache")
             object.__setattr__(self, "fp8_max", self._limit())
+        if not isinstance(self.nope_first, bool):
+            raise SpecError(f"nope_first={self.nope_first!r}: must be True or False")
+        if self.rope_dim == 0:
+            object.__setattr__(self, "nope_first", True)  # one part has no order: it is the same kernel
 
     def _limit(self) -> float:
         """fp8_max, checked: a limit that fp8 does not hold would itself be rounded, perhaps upwards."""
@@ -97,6 +103,7 @@ class PrologueSpec:
         kv_dtype: str = "fp8",
         rounding: str = "fused",
         fp8_max: float | None = None,
+        nope_first: bool = True,
     ) -> "PrologueSpec":
         """The spec of a preset, of a config.json, or of a directory that holds one, on one of `tp` ranks.
 
@@ -115,6 +122,7 @@ class PrologueSpec:
             kv_dtype=kv_dtype,
             rounding=rounding,
             fp8_max=fp8_max,
+            nope_first=nope_first,
         )
 
     @property
@@ -131,6 +139,18 @@ class PrologueSpec:
     def entry_dim(self) -> int:
         """Width of a row of q_out and of a cache entry: L + R."""
         return self.lora_rank + self.rope_dim
+
+    @property
+    def nope_columns(self) -> slice:
+        """Where the latent is in a row of q_out and in a cache entry."""
+        first = 0 if self.nope_first else self.rope_dim
+        return slice(first, first + self.lora_rank)
+
+    @property
+    def rope_columns(self) -> slice:
+        """Where the rotary part is in a row of q_out and in a cache entry."""
+        first = self.lora_rank if self.nope_first else 0
+        return slice(first, first + self.rope_dim)
 
     def output_dtype(self, name: str, target: Target) -> DType:
         """Resolve "fp8" to the arch's flavour, or the model's own type."""
@@ -166,7 +186,8 @@ class PrologueSpec:
             element = self.output_dtype(name, target)
             x = latent
             if self.rope_dim:
-                x = add(Concat(f"{output}_row", latent, rotated(take(pe, pe_shape, dtype))))
+                rotary = rotated(take(pe, pe_shape, dtype))
+                x = add(Concat(f"{output}_row", *((latent, rotary) if self.nope_first else (rotary, latent))))
             fp8 = element.is_fp8
             return add(Quantize(output, x, element, take(scale, (), DType.FP32) if fp8 else None, self.fp8_max if fp8 else None))
 

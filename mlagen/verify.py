@@ -147,7 +147,7 @@ def compare_outputs(
 
     The strays are counts of bytes that it wrote elsewhere.
     """
-    nope, pe = slice(0, spec.lora_rank), slice(spec.lora_rank, spec.entry_dim)
+    nope, pe = spec.nope_columns, spec.rope_columns
     verbatim = spec.rope_style == "none"
     comparisons = [
         _compare("q_out nope", q, q_out, nope, q_stray, must_be_exact=not spec.absorbs),

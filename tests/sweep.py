@@ -31,6 +31,7 @@ SPEC_FACTORS = {
     "kv_fp8": (True, False),
     "rounding": ("fused", "stepwise"),
     "fp8_max": (None, 224.0),
+    "nope_first": (True, False),
 }
 
 LAUNCH_FACTORS = {
@@ -76,7 +77,10 @@ def spec_of(row: Row, heads: int) -> PrologueSpec:
         weight=dtype if row["absorb"] else "none",
         q_dtype="fp8" if row["q_fp8"] else dtype,
         kv_dtype="fp8" if row["kv_fp8"] else dtype,
-        **{name: row[name] for name in ("nope_dim", "lora_rank", "rope_dim", "rope_style", "dtype", "rounding", "fp8_max")},
+        **{
+            name: row[name]
+            for name in ("nope_dim", "lora_rank", "rope_dim", "rope_style", "dtype", "rounding", "fp8_max", "nope_first")
+        },
     )
 
 
@@ -122,4 +126,5 @@ def label(row: Row) -> str:
     q, kv = ("fp8" if row[name] else "same" for name in ("q_fp8", "kv_fp8"))
     width = row["nope_dim"] if row["absorb"] else "absorbed"
     parts = (row["arch"], row["dtype"], width, row["lora_rank"], style, q, kv, row["rounding"], row["fp8_max"] or "")
+    parts += () if row["nope_first"] else ("rope first",)
     return "-".join(map(str, parts)).rstrip("-")

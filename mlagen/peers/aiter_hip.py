@@ -53,7 +53,7 @@ def _candidates(workload: Workload) -> list[Candidate]:
     def launch(layer: int) -> torch.Tensor:
         fused(
             latent(layer), workload.q_pe, workload.kv_c, workload.k_pe, caches[layer], q_out, workload.slot_mapping,
-            workload.k_scale, workload.q_scale, workload.positions, cos, sin, spec.rope_style == "neox", True,
+            workload.k_scale, workload.q_scale, workload.positions, cos, sin, spec.rope_style == "neox", spec.nope_first,
         )  # fmt: skip
         return q_out
 

@@ -56,6 +56,8 @@ def _misfit(spec: PrologueSpec, target: Target) -> str:
         return "it always rotates"
     if any(width & (width - 1) for width in (spec.lora_rank, spec.rope_dim)):
         return "L and R must be powers of two"
+    if not spec.nope_first:
+        return "its rotary columns are the last"
     return ""
 
 

@@ -32,11 +32,11 @@ def _misfit(spec: PrologueSpec, target: Target) -> str:
 def _candidates(workload: Workload) -> list[Candidate]:
     append = getattr(importlib.import_module("flashinfer.rope"), OPERATOR)
     spec, tokens, device = workload.spec, workload.tokens, workload.q.device
-    width = spec.lora_rank
+    nope, pe = spec.nope_columns, spec.rope_columns
     latent = absorber(workload)
     q_out = workload.empty(spec.entry_dim, workload.q_dtype)
     # Pages of one slot, and requests of one token: then a token's page is its slot.
-    caches = [(cache[:, None, :width], cache[:, None, width:]) for cache in workload.caches]
+    caches = [(cache[:, None, nope], cache[:, None, pe]) for cache in workload.caches]
     slots, positions = workload.slot_mapping.int(), workload.positions.int()
     requests = torch.arange(tokens + 1, dtype=torch.int32, device=device)
     first_in_page = torch.zeros(tokens, dtype=torch.int32, device=device)
@@ -47,7 +47,7 @@ def _candidates(workload: Workload) -> list[Candidate]:
             workload.q_pe, workload.k_pe, latent(layer), workload.kv_c, None, table, positions, caches[layer],
             slots, requests, requests[:-1], first_in_page, is_neox=spec.rope_style == "neox", quantize_dtype=workload.q_dtype,
             quant_scale_q=1 / SCALE, quant_scale_kv=1 / SCALE, page_size=1,
-            q_rope_out=q_out[..., width:], q_nope_out=q_out[..., :width],
+            q_rope_out=q_out[..., pe], q_nope_out=q_out[..., nope],
         )  # fmt: skip
         return q_out
 

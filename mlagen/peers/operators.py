@@ -35,11 +35,14 @@ def rest_of(workload: Workload) -> Rest:
 
     The cache comes as `storage` gives it, since torch does not index fp8 everywhere.
     """
-    style = workload.spec.rope_style
+    style, nope_first = workload.spec.rope_style, workload.spec.nope_first
     q_dtype, kv_dtype = workload.q_dtype, workload.caches[0].dtype
     q_limit, kv_limit = (_limit(workload, dtype) for dtype in (q_dtype, kv_dtype))
     q_pe, kv_c, k_pe, table = workload.q_pe, workload.kv_c, workload.k_pe, workload.cos_sin_cache
     positions, slots, q_scale, k_scale = workload.positions, workload.slot_mapping, workload.q_scale, workload.k_scale
+
+    def row(latent: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        return torch.cat((latent, rotary) if nope_first else (rotary, latent), -1)
 
     def rest(ql_nope: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         rotated_q, rotated_k = q_pe, k_pe
@@ -47,9 +50,9 @@ def rest_of(workload: Workload) -> Rest:
             cos, sin = table[positions].float().chunk(2, -1)
             rotated_q = rotate(q_pe, cos[:, None], sin[:, None], style)
             rotated_k = rotate(k_pe, cos, sin, style)
-        entries = quantize(torch.cat((kv_c, rotated_k), -1), k_scale, kv_dtype, kv_limit)
+        entries = quantize(row(kv_c, rotated_k), k_scale, kv_dtype, kv_limit)
         cache[slots] = entries.view(cache.dtype)
-        return quantize(torch.cat((ql_nope, rotated_q), -1), q_scale, q_dtype, q_limit)
+        return quantize(row(ql_nope, rotated_q), q_scale, q_dtype, q_limit)
 
     return rest
 

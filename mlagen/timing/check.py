@@ -83,7 +83,7 @@ def rounded(oracle: Oracle, result: torch.Tensor, *, absorb_error: float = 0.0) 
     `absorb_error` is what the absorb may be off besides, as a share of a row, because its operands were rounded.
     """
     workload = oracle.workload
-    latent = workload.spec.lora_rank
+    nope, pe = workload.spec.nope_columns, workload.spec.rope_columns
     in_between = ROUNDINGS_IN_BETWEEN * _roundoff(torch_dtype(model_dtype(workload.spec.dtype)))
     found = []
     entries = oracle.entries()
@@ -95,9 +95,9 @@ def rounded(oracle: Oracle, result: torch.Tensor, *, absorb_error: float = 0.0) 
         values = codes.double() * (scale.double() if is_fp8 else 1.0)
         exact = oracle.unrounded(name)
         allowed = in_between + _roundoff(codes.dtype)
-        found.append(_distance(f"{name} nope", values[..., :latent], exact[..., :latent], allowed + more))
+        found.append(_distance(f"{name} nope", values[..., nope], exact[..., nope], allowed + more))
         if workload.spec.rope_dim:
-            found.append(_distance(f"{name} pe", values[..., latent:], exact[..., latent:], allowed))
+            found.append(_distance(f"{name} pe", values[..., pe], exact[..., pe], allowed))
     return "; ".join(filter(None, found))
 
 

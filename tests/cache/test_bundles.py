@@ -219,8 +219,14 @@ def test_without_jit_and_compiler_the_error_names_the_kernel_and_the_command(spe
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"q_dtype": "bf16", "kv_dtype": "bf16"}, {"weight": "none"}, {"rounding": "stepwise", "fp8_max": 224}],
-    ids=["fp8", "bf16", "no weight", "stepwise"],
+    [
+        {},
+        {"q_dtype": "bf16", "kv_dtype": "bf16"},
+        {"weight": "none"},
+        {"rounding": "stepwise", "fp8_max": 224},
+        {"nope_first": False},
+    ],
+    ids=["fp8", "bf16", "no weight", "stepwise", "rope first"],
 )
 def test_the_command_in_the_error_builds_the_missing_kernel(monkeypatch, tmp_path, options):
     spec = PrologueSpec.from_model("minicpm3", tp=2, **options)

@@ -76,6 +76,7 @@ class TestInputs:
             {"kv_dtype": "bf16"},
             {"rounding": "stepwise"},
             {"fp8_max": 224.0},
+            {"nope_first": False},
         ],
         ids=lambda change: next(iter(change)),
     )

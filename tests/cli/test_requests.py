@@ -85,6 +85,7 @@ NOT_NVIDIA = "is not a toolchain for NVIDIA GPUs; possible are auto, nvrtc, nvcc
         ("build --all --arch gfx942", "--arch goes with a MODEL"),
         ("build --generated --q-dtype fp8", "--q-dtype goes with a MODEL"),
         ("build --check --fp8-max 1", "--fp8-max goes with a MODEL"),
+        ("build --all --rope-first", "--rope-first goes with a MODEL"),
         ("build deepseek-r1 glm-5", "unexpected extra argument"),
         ("build deepseek-r1 --out ''", "'--out': it is empty; name a folder"),
         ("build deepseek-r1 --check", "build: no folder of that name; build it first, or name the one to check with --out"),

@@ -1,31 +1,13 @@
 """The results of AITER's own kernels, reproduced by the host run of the gfx950 program."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from golden_vectors import HIP, NO_ABSORB, Vectors, read, same_bits, saturated
 
 from mlagen.runtime import load
 from mlagen.spec import PrologueSpec
 
 pytestmark = pytest.mark.host
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-HIP = sorted((GOLDEN / "aiter_hip").glob("*.npz"))
-NO_ABSORB = sorted(GOLDEN.glob("aiter_triton_noabsorb_*.npz"))
-
-Vectors = dict[str, torch.Tensor]
-
-
-def read(path: Path) -> Vectors:
-    """The file's arrays, bit patterns as the types that they are."""
-    types = {np.dtype("uint16"): torch.bfloat16, np.dtype("uint8"): torch.float8_e4m3fn}
-    with np.load(path) as arrays:
-        return {
-            name: torch.from_numpy(array).view(types[array.dtype]) if array.dtype in types else torch.from_numpy(array)
-            for name, array in arrays.items()
-        }
 
 
 def run(vectors: Vectors, q_nope: torch.Tensor, q_pe: torch.Tensor, is_neox: bool, fill: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,16 +32,6 @@ def run(vectors: Vectors, q_nope: torch.Tensor, q_pe: torch.Tensor, is_neox: boo
         q_scale=vectors.get("q_scale"), k_scale=vectors["k_scale"],
     )  # fmt: skip
     return q_out, cache
-
-
-def same_bits(ours: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
-    integer = {1: torch.uint8, 2: torch.int16}[ours.dtype.itemsize]
-    return ours.view(integer) == golden.view(integer)
-
-
-def saturated(ours: torch.Tensor, golden: torch.Tensor) -> torch.Tensor:
-    """Where AITER overflows to NaN and we end at the format's limit."""
-    return golden.float().isnan() & (ours.float().abs() == 448)
 
 
 @pytest.mark.parametrize("path", HIP, ids=lambda path: path.stem)

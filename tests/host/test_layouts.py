@@ -27,6 +27,8 @@ SPECS = {
     "fp8": small_spec(lora_rank=256, nope_dim=64),
     "padded, bf16": small_spec(lora_rank=256, q_dtype="bf16"),
     "stepwise, fp16": small_spec(lora_rank=256, dtype="fp16", rounding="stepwise", rope_style="neox", fp8_max=224.0),
+    "rope first": small_spec(lora_rank=256, nope_dim=64, nope_first=False),
+    "rope first, bf16": small_spec(lora_rank=256, rope_dim=6, q_dtype="bf16", nope_first=False),
     "no rotation": small_spec(lora_rank=256, nope_dim=32, rope_style="none", rope_dim=0),
 }
 

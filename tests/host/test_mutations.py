@@ -27,6 +27,7 @@ SPECS = {
     "stepwise": small_spec(rounding="stepwise"),
     "same": small_spec(q_dtype="bf16", kv_dtype="bf16", rope_style="none"),
     "fp16": small_spec(dtype="fp16", q_dtype="fp16"),
+    "rope first": small_spec(nope_first=False),
 }
 
 # Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
@@ -77,6 +78,12 @@ MUTATIONS = (
     ),
     Mutation("block padding ignored", "block * args.block_stride", "block * args.block_size * args.entry_stride"),
     Mutation("slot by token", "load_index(args.slot_mapping, token, args.slots_int64)", "token"),
+    Mutation(
+        "latent offset", "q_out_row(args, token, head) + 32 + l_tile", "q_out_row(args, token, head) + l_tile", spec="rope first"
+    ),
+    Mutation(
+        "rotary offset", "q_out_row(args, token, head) + column", "q_out_row(args, token, head) + 96 + column", spec="rope first"
+    ),
     Mutation("column offset", "cache_entry(args, slot) + 96 + column", "cache_entry(args, slot) + 94 + column"),
     Mutation("rope before nope in the cache", "cache_entry(args, slot) + 96 + column", "cache_entry(args, slot) + column"),
     # rows

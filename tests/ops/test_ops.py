@@ -40,6 +40,7 @@ def test_each_spec_has_one_text_that_gives_it_back():
     specs = {request.spec for request in shipped_matrix()}
     specs |= {dataclasses.replace(spec, rounding="stepwise") for spec in specs}
     specs |= {dataclasses.replace(spec, fp8_max=224) for spec in specs if "fp8" in (spec.q_dtype, spec.kv_dtype)}
+    specs |= {dataclasses.replace(spec, nope_first=False) for spec in specs}
     texts = {ops.spec_to_str(spec): spec for spec in specs}
     assert len(texts) == len(specs)
     assert all(ops.spec_from_str(text) == spec for text, spec in texts.items())
@@ -49,7 +50,7 @@ def test_the_text_is_legible_and_safe_to_quote():
     spec = PrologueSpec(heads=16, nope_dim=128, lora_rank=512, rope_dim=64, rope_style="gptj", fp8_max=224)
     assert ops.spec_to_str(spec) == (
         "heads=16,nope_dim=128,lora_rank=512,rope_dim=64,rope_style=gptj,"
-        "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0"
+        "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True"
     )
 
 
@@ -66,6 +67,8 @@ def test_a_field_that_is_left_out_has_its_default():
         ("heads=16,heads=16", "'heads=16' is not one of"),
         ("heads=16,tp=8", "'tp=8' is not one of"),
         ("heads=many", "'heads=many' is not int"),
+        ("nope_first=", "'nope_first=' is not bool"),
+        ("nope_first=false", "'nope_first=false' is not bool"),
         ("heads=16,nope_dim=128,lora_rank=500,rope_dim=64,rope_style=gptj", "lora_rank=500"),
     ],
 )

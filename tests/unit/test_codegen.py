@@ -47,6 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded, for groups": {"nope_dim": 48, "lora_rank": 256},
     "largest": {"heads": 4096, "nope_dim": 512, "lora_rank": 2048, "rope_dim": 512},
     "limit": {"fp8_max": 224.0},
+    "rope first": {"nope_first": False},
+    "rope first, absorbed": {"nope_first": False, "weight": "none", "rope_style": "neox", "q_dtype": "bf16"},
 }
 
 LAYOUTS = {"sm_90": (Layout(1, None, True), Layout(4, 32), Layout(8, 16, True))}

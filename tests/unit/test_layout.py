@@ -41,6 +41,7 @@ LAYERS = (
     ),
     Layer("arguments", "arguments signature", "spec torch"),
     Layer("runtime", "template_cache binaries plan runtime", "codegen binaries arguments"),  # joins both
+    Layer("integrations", "integrations", "runtime"),  # under other libraries' names
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it
     Layer("verify", "verify", "runtime oracle"),
     Layer("timing", "timing", "verify"),  # one way to time: a kernel, a floor

@@ -29,6 +29,7 @@ SPECS = {
     "model dtypes": small_spec(q_dtype="bf16", kv_dtype="bf16"),
     "fp8 cache": small_spec(q_dtype="bf16", rounding="stepwise"),
     "limited": small_spec(fp8_max=224.0),
+    "rope first": small_spec(nope_first=False),
 }
 POWERS_OF_TWO = small_spec(lora_rank=128)
 
@@ -72,6 +73,9 @@ def rope_quantize_fp8_append_paged_kv_cache(
         cache.view(torch.uint8)[pages, positions % page_size] = codes
 
 
+FLASHINFER = ("plain", "absorbed", "neox", "rope first")
+
+
 @pytest.fixture
 def flashinfer(monkeypatch):
     package, rope = types.ModuleType("flashinfer"), types.ModuleType("flashinfer.rope")
@@ -81,7 +85,7 @@ def flashinfer(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashinfer.rope", rope)
 
 
-@pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["absorbed"], SPECS["neox"]], ids=["plain", "absorbed", "neox"])
+@pytest.mark.parametrize("spec", [SPECS[name] for name in FLASHINFER], ids=FLASHINFER)
 def test_flashinfer_is_called_right(spec, flashinfer):
     assert not measured("bmm+flashinfer", spec, "sm_90").failures
 
@@ -107,13 +111,13 @@ def fused_qk_rope_concat_and_cache_mla(
     q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale, positions, cos_cache, sin_cache, is_neox,
     is_nope_first, compute_all_q_rope=False,
 ):  # fmt: skip
-    assert is_nope_first
     assert {slot_mapping.dtype, positions.dtype} == {torch.int64}
     assert kv_cache.shape[1] == 1
     cos, sin = cos_cache[positions].float(), sin_cache[positions].float()
     style = "neox" if is_neox else "gptj"
-    query = torch.cat((q_nope, rotate(q_pe, cos[:, None], sin[:, None], style)), -1).float()
-    entry = torch.cat((kv_c, rotate(k_pe, cos, sin, style)), -1).float()
+    order = 1 if is_nope_first else -1
+    query = torch.cat((q_nope, rotate(q_pe, cos[:, None], sin[:, None], style))[::order], -1).float()
+    entry = torch.cat((kv_c, rotate(k_pe, cos, sin, style))[::order], -1).float()
     q_out.copy_((query / q_scale if q_out.dtype.itemsize == 1 else query).to(q_out.dtype))
     codes = (entry / k_scale if kv_cache.dtype.itemsize == 1 else entry).to(kv_cache.dtype)
     kv_cache[:, 0].view(torch.uint8)[slot_mapping] = codes.view(torch.uint8)
@@ -200,9 +204,10 @@ def test_aiter_is_called_right(spec, arch, install):
     assert not measured("aiter-triton", spec, arch).failures
 
 
-def test_aiters_hip_kernel_takes_an_absorbed_query(install):
+@pytest.mark.parametrize("spec", ["absorbed", "rope first"])
+def test_aiters_hip_kernel_takes_an_absorbed_query_and_either_order(spec, install):
     install(AITER)
-    assert not measured("bmm+aiter", SPECS["absorbed"], "gfx950").failures
+    assert not measured("bmm+aiter", SPECS[spec], "gfx950").failures
 
 
 @pytest.mark.parametrize(
@@ -215,6 +220,7 @@ def test_aiters_hip_kernel_takes_an_absorbed_query(install):
         (TRITON, SPECS["plain"], "L and R must be powers of two"),
         (TRITON, SPECS["absorbed"], "it always absorbs"),
         (TRITON, SPECS["unrotated"], "it always rotates"),
+        (TRITON, replace(POWERS_OF_TWO, nope_first=False), "its rotary columns are the last"),
     ],
 )
 def test_what_aiter_cannot_do(peer, spec, reason):

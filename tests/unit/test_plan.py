@@ -4,6 +4,7 @@ import ctypes
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -213,6 +214,32 @@ class TestAlignment:
             kernel(**call)
             assert_launched(launched.launches[-1], call)
         assert (len(aligned.launches), len(other.launches)) == (1, 2)
+
+    @pytest.mark.parametrize(
+        ("nope_first", "q_dtype", "kv_dtype", "is_aligned"),
+        [
+            (True, "fp8", "fp8", True),
+            (False, "fp8", "fp8", False),
+            (False, "fp8", "bf16", False),
+            (False, "bf16", "fp8", False),
+            (False, "bf16", "bf16", True),
+        ],
+    )
+    def test_where_the_second_part_of_a_written_row_starts(self, nope_first, q_dtype, kv_dtype, is_aligned):
+        """Rows of 72 elements, 80 apart: [64 | 8] is aligned, [8 | 64] only where the elements have two bytes."""
+        types = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+        spec = replace(SPEC, rope_dim=8, nope_first=nope_first, q_dtype=q_dtype, kv_dtype=kv_dtype)
+        kernel, aligned, other = make_kernel("sm_90", spec)
+        call = make_call(
+            kernel,
+            q=torch.zeros(3, spec.heads, 40, dtype=torch.bfloat16),
+            k_pe=torch.zeros(3, 8, dtype=torch.bfloat16),
+            kv_cache=torch.zeros(8, 16, 80, dtype=types[kv_dtype])[..., :72],
+            cos_sin_cache=torch.zeros(100, 8),
+            out=torch.zeros(3, spec.heads, 80, dtype=types[q_dtype])[..., :72],
+        )
+        kernel(**call)
+        assert (len(aligned.launches), len(other.launches)) == ((1, 0) if is_aligned else (0, 1))
 
     @pytest.mark.parametrize("name", ["slot_mapping", "positions", "q_scale", "k_scale"])
     def test_what_is_read_one_by_one_may_start_anywhere(self, name):

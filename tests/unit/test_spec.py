@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlagen.codegen import generate, kernel_name
 from mlagen.dtypes import DType
 from mlagen.errors import ModelError, SpecError
-from mlagen.ir import Quantize
+from mlagen.ir import Concat, Quantize
 from mlagen.spec import MAX_HEADS, MAX_LORA_RANK, MAX_NOPE_DIM, MAX_ROPE_DIM, PrologueSpec
 from mlagen.target import TARGETS, find_target
 
@@ -45,6 +45,7 @@ def test_what_is_filled_in():
         {"q_dtype": "bf16", "kv_dtype": "bf16"},
         {"fp8_max": 224},
         {"fp8_max": 0.5, "kv_dtype": "bf16"},
+        {"nope_first": False, "rope_dim": 2},
     ],
     ids=str,
 )
@@ -90,6 +91,8 @@ REFUSED = [
     ({"fp8_max": True}, "fp8_max=True", "number"),
     ({"fp8_max": "224"}, "fp8_max='224'", "number"),
     ({"fp8_max": 224, "q_dtype": "bf16", "kv_dtype": "bf16"}, "fp8_max=224", "without an fp8 output"),
+    ({"nope_first": None}, "nope_first=None", "True or False"),
+    ({"nope_first": 0}, "nope_first=0", "True or False"),
 ]
 
 
@@ -125,6 +128,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     kv_dtype=field("fp8", "bf16", "fp16"),
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
+    nope_first=field(True, False),
     arch=st.sampled_from(list(TARGETS)),
 )
 def test_anything_is_a_kernel_or_a_spec_error(arch, **fields):
@@ -147,7 +151,7 @@ def test_a_limit_that_only_one_flavour_has():
 
 def test_from_model():
     assert PrologueSpec.from_model("deepseek-r1", tp=8) == spec()
-    options = {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rounding": "stepwise"}
+    options = {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rounding": "stepwise", "nope_first": False}
     assert PrologueSpec.from_model("deepseek-r1", tp=8, **options) == spec(**options)
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
@@ -197,6 +201,7 @@ def test_without_rope_nothing_of_it_is_left():
         {"rounding": "stepwise"},
         {"fp8_max": 224.0},
         {"fp8_max": 0.5},
+        {"nope_first": False},
     ],
     ids=str,
 )
@@ -222,6 +227,39 @@ def test_a_limit_of_many_digits(limit):
     assert generated.name.isidentifier()
     assert generated.name not in names
     assert (generated.name == shorter.name) == (generated.source == shorter.source)
+
+
+@pytest.mark.parametrize("weight", ["bf16", "none"])
+@pytest.mark.parametrize("rope_style", ["none", "gptj"])
+def test_nope_first_is_the_order_of_the_columns(weight, rope_style):
+    """Which columns are whose is the only difference, in the program as in what is made of it."""
+    target = find_target("gfx950")
+    first, last = (spec(weight=weight, rope_style=rope_style, nope_first=order) for order in (True, False))
+    assert (first.nope_columns, first.rope_columns) == (slice(0, 512), slice(512, 576))
+    assert (last.nope_columns, last.rope_columns) == (slice(64, 576), slice(0, 64))
+    swapped = [stage for stage in last.program(target).stages if not isinstance(stage, Concat)]
+    assert swapped == [stage for stage in first.program(target).stages if not isinstance(stage, Concat)]
+    rows = [[stage for stage in each.program(target).stages if isinstance(stage, Concat)] for each in (first, last)]
+    for one, other in zip(*rows, strict=True):
+        assert (one.a, one.b, one.output) == (other.b, other.a, other.output)
+    columns = {
+        order: {segment.name: segment.column for segment in generate(each, target).lowered.segments}
+        for order, each in ((True, first), (False, last))
+    }
+    for name, column in columns[True].items():
+        assert columns[False][name] == (64 if column == 0 else 0), name
+
+
+def test_without_rope_columns_there_is_no_order():
+    none = {"rope_dim": 0, "rope_style": "none"}
+    assert spec(**none, nope_first=False) == spec(**none)
+
+
+def test_the_name_of_the_usual_order_says_nothing_of_it():
+    """Names and sources of kernels from before there was an order stay as they were: `mlagen build --check` compares the latter."""
+    name = "mla_prologue_p128_wbf16_l512_r64_gptj_bf16_qfp8_kvfp8_fused"
+    assert kernel_name(spec(), find_target("gfx950")) == f"{name}_gfx950"
+    assert kernel_name(spec(nope_first=False), find_target("gfx950")) == f"{name}_ropefirst_gfx950"
 
 
 def test_kernels_that_coincide_share_a_name():

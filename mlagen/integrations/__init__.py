@@ -1,0 +1,1 @@
+"""mlagen's kernels under the names and signatures of other libraries."""

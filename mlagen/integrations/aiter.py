@@ -1,0 +1,193 @@
+"""AITER's decode prologue on mlagen's kernels: replace the import, and nothing else.
+
+    from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla
+
+The signature is that of ROCm/aiter at commit e404860, aiter/ops/cache.py.
+"""
+
+import torch
+
+from mlagen.errors import ArgumentError, SpecError
+from mlagen.runtime import Kernel, load
+from mlagen.spec import PrologueSpec
+
+_MODEL = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+_TENSORS = (
+    *("q_nope", "q_pe", "kv_c", "k_pe", "kv_cache", "q_out", "slot_mapping", "k_scale", "q_scale"),
+    *("positions", "cos_cache", "sin_cache"),
+)
+
+_NAMES = {
+    "q": "q_nope",
+    "q[0] (q_nope)": "q_nope",
+    "q[1] (q_pe)": "q_pe",
+    "cos_sin_cache[0] (cos)": "cos_cache",
+    "cos_sin_cache[1] (sin)": "sin_cache",
+    "out": "q_out",
+}
+"""AITER's names of arguments to which a kernel gives other ones in its errors."""
+
+_Key = tuple[object, ...]
+_KERNELS: dict[_Key, Kernel] = {}
+"""The kernels that ran, by what of a call chooses them."""
+
+
+def fused_qk_rope_concat_and_cache_mla(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    q_out: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor,
+    q_scale: torch.Tensor,
+    positions: torch.Tensor,
+    cos_cache: torch.Tensor,
+    sin_cache: torch.Tensor,
+    is_neox: bool,
+    is_nope_first: bool,
+    compute_all_q_rope: bool = False,
+) -> None:
+    """Rotate q_pe and k_pe, write the query rows to q_out and the key rows to kv_cache at slot_mapping, each to its dtype.
+
+    q_nope [T,H,L], already absorbed; q_pe [T,H,R]; kv_c [T,L] or [T,1,L]; k_pe [T,R] or [T,1,R]: bf16 or fp16, unit last stride,
+    other strides free.  kv_cache [blocks, block_size, L+R] or [blocks, block_size, 1, L+R] and q_out [T, H' >= H, L+R]: that dtype
+    or the arch's fp8, the cache also uint8, which is read as that.  slot_mapping, positions [T]; k_scale, q_scale: one fp32 value,
+    on the device, value = code * scale; not read where the output is not fp8.  cos_cache, sin_cache: [max_position, R/2] or
+    [max_position, 1, 1, R/2].  is_neox: halves are rotated, else neighbouring pairs.  is_nope_first: rows are [L | R], else
+    [R | L].  T is the number of slots, or of q_nope's rows if these are fewer; what other tensors have beyond T is left alone.
+
+    On a GPU it is launched on the caller's current stream and returns at once, without allocating and without waiting.  The first
+    call of a kind loads a kernel, which must not happen in a graph capture.  On the CPU it runs the program of gfx942 where an
+    output is e4m3fnuz, else that of gfx950.
+
+    The results are AITER's bit for bit, but where AITER's are a defect:
+
+    - Every row of q_out is written.  AITER leaves those of negative slots as they were unless compute_all_q_rope is set, which it
+      takes for some shapes only; here it changes nothing, and any shape may have it.
+    - Finite values saturate in the rotary columns too; in AITER's they overflow to NaN.  NaN stays NaN.
+    - slot_mapping and positions may be int32; AITER reads any tensor as int64.
+    - Positions are clamped to the table for every shape; in AITER not by the kernel for unusual ones.
+    - cos_cache and sin_cache may be fp32, and have any row stride; AITER reads them as dense rows of q_nope's dtype.
+    - Addresses have 64 bits; AITER's strides have 32.
+    - What AITER refuses: a uint8 cache, and an fp8 q_out beside a cache that is not.
+
+    AITER also takes fp32, and several KV heads with rows of their own; mlagen does not, and neither is the segmented cache of
+    AITER's fused_qk_rope_concat_and_cache_mla_seg here.  Raises ArgumentError, naming the argument, what it was and what it may
+    be, before anything is launched, and what mlagen.load raises.
+    """
+    given = (
+        *(q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale),
+        *(positions, cos_cache, sin_cache),
+    )
+    if {*map(type, given)} != {torch.Tensor}:  # a subclass, or something else
+        for name, value in zip(_TENSORS, given, strict=True):
+            if not isinstance(value, torch.Tensor):
+                raise ArgumentError(f"{name}: expected a tensor, got {type(value).__name__}")
+    key = (
+        *(q_nope.dtype, q_nope.shape[1:], k_pe.shape[-1:], kv_cache.dtype, q_out.dtype, q_nope.device),
+        *(bool(is_neox), bool(is_nope_first)),
+    )
+    kernel = _KERNELS.get(key)
+    if kernel is None:
+        kernel = _KERNELS[key] = _load(q_nope, k_pe, kv_cache, q_out, is_neox=bool(is_neox), is_nope_first=bool(is_nope_first))
+    spec = kernel.spec
+
+    if kv_c.ndim != 2:
+        kv_c = _one_head("kv_c", kv_c, 1, "T", spec.lora_rank)
+    if k_pe.ndim != 2:
+        k_pe = _one_head("k_pe", k_pe, 1, "T", spec.rope_dim)
+    if kv_cache.ndim != 3:
+        kv_cache = _one_head("kv_cache", kv_cache, 2, "blocks, block_size", spec.entry_dim)
+    if slot_mapping.ndim != 1:
+        raise ArgumentError(f"slot_mapping: shape {list(slot_mapping.shape)}, expected [T]")
+    tokens = min(q_nope.shape[0], slot_mapping.shape[0])
+    try:
+        whole = q_nope.shape[0] == q_pe.shape[0] == kv_c.shape[0] == k_pe.shape[0] == q_out.shape[0] == positions.shape[0] == tokens
+    except IndexError:  # a tensor without dimensions, which the kernel refuses
+        whole = False
+    if not whole:
+        q_nope, q_pe, kv_c, k_pe, q_out, positions = (_rows(each, tokens) for each in (q_nope, q_pe, kv_c, k_pe, q_out, positions))
+    try:
+        kernel(
+            (q_nope, q_pe if spec.rope_dim else None), kv_c, k_pe, None, kv_cache, slot_mapping, positions,
+            (cos_cache if cos_cache.ndim == 2 else _table(cos_cache), sin_cache if sin_cache.ndim == 2 else _table(sin_cache)),
+            q_scale=_scale(q_scale) if spec.q_dtype == "fp8" else None,
+            k_scale=_scale(k_scale) if spec.kv_dtype == "fp8" else None,
+            out=q_out,
+        )  # fmt: skip
+    except ArgumentError as error:
+        name, _, rest = str(error).partition(":")
+        raise ArgumentError(f"{_NAMES.get(name, name)}:{rest}") from None
+
+
+def _load(
+    q_nope: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, q_out: torch.Tensor, *, is_neox: bool, is_nope_first: bool
+) -> Kernel:
+    """The kernel for tensors like these."""
+    if q_nope.dtype not in _MODEL:
+        raise ArgumentError(f"q_nope: dtype {_name(q_nope.dtype)}, expected {' or '.join(map(_name, _MODEL))}")
+    if q_nope.dim() != 3:
+        raise ArgumentError(f"q_nope: shape {list(q_nope.shape)}, expected [T, H, L]")
+    if not k_pe.dim():
+        raise ArgumentError("k_pe: shape [], expected [T, R] or [T, 1, R]")
+    dtypes = {}
+    for name, output, others in (("kv_cache", kv_cache, (*_FP8, torch.uint8)), ("q_out", q_out, _FP8)):
+        if output.dtype not in (q_nope.dtype, *others):
+            expected = " or ".join(map(_name, (q_nope.dtype, *others)))
+            raise ArgumentError(
+                f"{name}: dtype {_name(output.dtype)}, expected {expected}, beside a q_nope of {_name(q_nope.dtype)}"
+            )
+        dtypes[name] = "fp8" if output.dtype in others else _MODEL[q_nope.dtype]
+    rope_dim = k_pe.shape[-1]
+    try:
+        spec = PrologueSpec(
+            heads=q_nope.shape[1],
+            nope_dim=128,  # of no meaning without the absorb
+            lora_rank=q_nope.shape[2],
+            rope_dim=rope_dim,
+            rope_style="none" if rope_dim == 0 else "neox" if is_neox else "gptj",
+            dtype=_MODEL[q_nope.dtype],
+            weight="none",
+            q_dtype=dtypes["q_out"],
+            kv_dtype=dtypes["kv_cache"],
+            nope_first=is_nope_first,
+        )
+    except SpecError as error:
+        name, tensor = ("k_pe", k_pe) if str(error).startswith("rope_dim") else ("q_nope", q_nope)
+        raise ArgumentError(f"{name}: shape {list(tensor.shape)}, {error}") from None
+    arch = None
+    if q_nope.device.type == "cpu":
+        arch = "gfx942" if torch.float8_e4m3fnuz in (kv_cache.dtype, q_out.dtype) else "gfx950"
+    return load(spec, q_nope.device, arch=arch)
+
+
+def _one_head(name: str, tensor: torch.Tensor, axis: int, rows: str, width: int) -> torch.Tensor:
+    """`tensor` without its dimension number `axis`, that of the KV heads."""
+    if tensor.dim() == axis + 2 and tensor.shape[axis] == 1:
+        return tensor.select(axis, 0)
+    raise ArgumentError(f"{name}: shape {list(tensor.shape)}, expected [{rows}, {width}] or [{rows}, 1, {width}]: one KV head")
+
+
+def _rows(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The first rows of a tensor that has more."""
+    return tensor[:tokens] if tensor.dim() and tensor.shape[0] > tokens else tensor
+
+
+def _table(tensor: torch.Tensor) -> torch.Tensor:
+    """cos or sin without the dimensions of one element that AITER's other operators have there."""
+    while tensor.dim() > 2 and tensor.shape[1] == 1:
+        tensor = tensor.select(1, 0)
+    return tensor
+
+
+def _scale(tensor: torch.Tensor) -> torch.Tensor:
+    """A scale of any shape with one element."""
+    return tensor.reshape(1) if tensor.ndim > 1 and tensor.numel() == 1 else tensor
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

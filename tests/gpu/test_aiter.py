@@ -1,0 +1,43 @@
+"""The drop-in for AITER's fused_qk_rope_concat_and_cache_mla on a GPU, at once and in a graph."""
+
+import pytest
+import torch
+from aiter_calls import NONE_WRITTEN, Call, make_call, wrong
+
+from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla
+from mlagen.runtime import device_arch
+
+pytestmark = pytest.mark.gpu
+
+
+def on(call: Call, device: str) -> Call:
+    return {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in call.items()}
+
+
+@pytest.mark.parametrize("is_nope_first", [True, False])
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize(("q", "kv"), [("fp8", "fp8"), ("model", "fp8"), ("model", "model"), ("fp8", "bytes")])
+def test_the_oracle_explains_it(is_nope_first, is_neox, q, kv):
+    arch = device_arch(0)
+    call = on(make_call(arch=arch, q=q, kv=kv, is_nope_first=is_nope_first, is_neox=is_neox), "cuda")
+    assert fused_qk_rope_concat_and_cache_mla(**call) is None
+    torch.cuda.synchronize()
+    assert not wrong(on(call, "cpu"), arch)
+
+
+@pytest.mark.parametrize("is_nope_first", [True, False])
+def test_a_captured_call_reads_what_its_inputs_hold_at_replay(is_nope_first):
+    arch = device_arch(0)
+    captured, fresh = (on(make_call(seed, arch=arch, is_nope_first=is_nope_first), "cuda") for seed in (1, 2))
+    fused_qk_rope_concat_and_cache_mla(**captured)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fused_qk_rope_concat_and_cache_mla(**captured)
+    for name, each in captured.items():
+        if name in ("q_out", "kv_cache"):
+            each.view(torch.uint8).fill_(NONE_WRITTEN)
+        elif isinstance(each, torch.Tensor):
+            each.copy_(fresh[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not wrong(on(captured, "cpu"), arch)
