@@ -471,8 +471,9 @@ MLAGEN_DEVICE void copy_kv_c(const Arguments& args, uint32_t workgroup)
 // absorb_q_nope: q_nope -> q_absorb -> quantize to fp8_e4m3fnuz -> q_out[:, :, 0:256]
 //
 // A workgroup owns one head, one latent tile for each of its waves, and token_tiles_per_workgroup tiles of tokens.  The latent
-// columns are the rows of the product, the tokens its columns.  The packed weights lie in the order of the loads below.  A lane
-// multiplies 8 consecutive k of one token at a time, and ends with L_RUN consecutive latent columns of its tokens.
+// columns are the rows of the product, the tokens its columns.  The packed weights lie in the order of the loads below.
+// A lane brings 8 consecutive k of one token of a tile for each chunk, and ends with L_RUN consecutive latent columns, from
+// l_first on, of one token.
 MLAGEN_DEVICE void absorb_q_nope(const Arguments& args, uint32_t workgroup)
 {
     const uint32_t lane = thread_id() % WAVE;

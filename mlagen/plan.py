@@ -17,7 +17,7 @@ from mlagen.signature import Matcher
 MAX_PLANS = 1024
 """Numbers of tokens and slots whose plans the calls of one form remember; with more, they start over."""
 
-MAX_VARIANTS = 8
+MAX_ALIKE = 8
 """Plans for the same numbers of tokens and slots, which are tried in turn; they differ in strides or in another extent."""
 
 _data_ptr = torch.Tensor.data_ptr
@@ -145,7 +145,7 @@ class Form:
         if len(self._plans) >= MAX_PLANS:
             self._plans = {}
         key = self._key(given)
-        self._plans[key] = (*self._plans.get(key, ())[1 - MAX_VARIANTS :], plan)
+        self._plans[key] = (*self._plans.get(key, ())[1 - MAX_ALIKE :], plan)
         self.recent = plan
         return plan
 

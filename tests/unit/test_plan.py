@@ -144,7 +144,7 @@ def test_calls_that_differ_in_one_extent_or_stride_have_plans_of_their_own(check
             assert_launched(module.launches[-1], call)
         return len(checks) - before
 
-    blocks = [{"blocks": blocks} for blocks in range(1, 1 + plans.MAX_VARIANTS)]
+    blocks = [{"blocks": blocks} for blocks in range(1, 1 + plans.MAX_ALIKE)]
     slots = [{"slots": slots} for slots in range(4, 50)]
     assert checked(*blocks, *slots) == len(blocks) + len(slots)
     assert checked(*slots, *blocks) == 0
