@@ -30,8 +30,11 @@ class Argument:
         return {"pointer": "<Q", "int32": "<i4x", "int64": "<q", "uint64": "<Q"}[self.kind]
 
 
-def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[Argument, ...]:
-    """The arguments of the kernel of a lowered program, in order; `absorb_first` says which workgroups of the grid come first."""
+def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes: int | None = None) -> tuple[Argument, ...]:
+    """The arguments of the kernel of a lowered program, in order; `absorb_first` says which workgroups of the grid come first.
+
+    `head_bytes` is the size of a packed head where W_UK comes in codes.
+    """
     element = lowered.model_dtype.value.cpp
     sources = {segment.source: segment for segment in lowered.segments}
     arguments: list[Argument] = []
@@ -54,7 +57,10 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[A
 
     q, kv = lowered.sink("q"), lowered.sink("kv")
     if lowered.absorb:
-        pointer("w_uk", f"const {element}", "packed: [H, tiles, chunks, m, fragments, lanes, 8]")
+        if head_bytes is None:
+            pointer("w_uk", f"const {element}", "packed: [H, tiles, chunks, m, fragments, lanes, 8]")
+        else:
+            pointer("w_uk", "const uint8_t", f"packed: [H, {head_bytes}], codes and their scales")
     first = lowered.absorb.source if lowered.absorb else None
     if first:
         source(first, by_head=True)

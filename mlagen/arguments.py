@@ -3,6 +3,7 @@
 All checks read shapes, types, strides and devices; none reads device memory, so none waits for the device.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ import torch
 
 from mlagen.dtypes import model_dtype
 from mlagen.errors import ArgumentError
-from mlagen.spec import PrologueSpec
+from mlagen.ir import MX_GROUP, SCALE_BLOCK
+from mlagen.spec import WEIGHT_CODES, PrologueSpec
 from mlagen.target import Target
 from mlagen.torch_types import torch_dtype
 
@@ -92,13 +94,50 @@ class Checker:
         return value[0], value[1]
 
     def weights(self, w_uk: object) -> torch.Tensor:
-        """W_UK [H,P,L] of any strides."""
+        """W_UK of any strides: [H,P,L] in the model's dtype or in the spec's fp8, or [H,P/2,L] in pairs of e2m1 codes."""
         spec = self.spec
-        shape = (spec.heads, spec.nope_dim, spec.lora_rank)
+        shape, layout = (spec.heads, spec.nope_dim, spec.lora_rank), "[H, P, L]"
+        dtypes = [self.model]
+        if spec.weight in ("fp8", "fp8-block"):
+            dtypes.append(self.fp8)
+        elif spec.weight == "mxfp4" and isinstance(w_uk, torch.Tensor) and w_uk.dtype is not self.model:
+            shape, layout = (spec.heads, spec.nope_dim // 2, spec.lora_rank), "[H, P/2, L]"
+            dtypes += [torch.uint8, *_named("float4_e2m1fn_x2")]
         if isinstance(w_uk, torch.Tensor) and tuple(w_uk.shape) == shape:
-            return self.tensor("w_uk", w_uk, shape, (self.model,), last_free=True)
+            return self.tensor("w_uk", w_uk, shape, dtypes, last_free=True)
         found = list(w_uk.shape) if isinstance(w_uk, torch.Tensor) else type(w_uk).__name__
-        raise ArgumentError(f"w_uk: {found}, expected a tensor {list(shape)} as [H, P, L]; transpose it with .mT if need be")
+        raise ArgumentError(f"w_uk: {found}, expected a tensor {list(shape)} as {layout}; transpose it with .mT if need be")
+
+    def weight_scale(self, w_uk: torch.Tensor, scale: object) -> torch.Tensor | None:
+        """The scales of w_uk, which weights() gave, in the shape of quantization.WeightCodes; None for one in the model's dtype."""
+        spec = self.spec
+        if w_uk.dtype is self.model:
+            if scale is not None:
+                raise ArgumentError(f"scale: w_uk is {_name(w_uk.dtype)} and has none: pass None, or the codes that it belongs to")
+            return None
+        if not isinstance(scale, torch.Tensor):
+            raise ArgumentError(f"scale: got {type(scale).__name__}, expected a tensor, the scales of the codes in w_uk")
+        if spec.weight == "mxfp4":
+            shape = (spec.heads, spec.nope_dim // MX_GROUP, spec.lora_rank)
+            dtypes = (torch.uint8, *_named("float8_e8m0fnu"))
+            return self.tensor("scale", scale, shape, dtypes, last_free=True).contiguous().view(torch.uint8)
+        heads, floats = spec.heads, (torch.float32,)
+        if spec.weight == "fp8":
+            one, by_head = ((), (1,), (1, 1, 1)), ((heads,), (heads, 1), (heads, 1, 1))
+            if tuple(scale.shape) not in (*one, *by_head):
+                raise ArgumentError(f"scale: shape {list(scale.shape)}, expected [] or [1] for all heads, or [{heads}]")
+            return self.tensor("scale", scale, scale.shape, floats).reshape(-1).expand(heads)
+        columns, step = -(-spec.lora_rank // SCALE_BLOCK), math.gcd(spec.nope_dim, SCALE_BLOCK)
+        rows, whole = spec.nope_dim // step, -(-spec.nope_dim // SCALE_BLOCK)
+        if tuple(scale.shape) == (heads, whole, columns):
+            found = self.tensor("scale", scale, scale.shape, floats, last_free=True)
+            return found.repeat_interleave(SCALE_BLOCK // step, dim=1)[:, :rows] if rows != whole else found
+        return self.tensor("scale", scale, (heads, rows, columns), floats, last_free=True)
+
+    def packed(self, value: object, shape: Sequence[int]) -> torch.Tensor:
+        """What pack_weights gives; `shape` is that of one head."""
+        dtype = torch.uint8 if self.spec.weight in WEIGHT_CODES else self.model
+        return self.tensor("packed", value, (self.spec.heads, *shape), (dtype,), rows_free=False)
 
     def no_weights(self, packed: object) -> None:
         """Nothing, where there is no absorb."""
@@ -194,7 +233,7 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
         views["q_pe"] = ("q_pe" if q_pair else "q", q_pe)
         views["k_pe"] = ("k_pe", checker.tensor("k_pe", k_pe, shape, (checker.model,)))
     if spec.absorbs:
-        packed = checker.tensor("packed", given["packed"], (spec.heads, *packed_shape), (checker.model,), rows_free=False)
+        packed = checker.packed(given["packed"], packed_shape)
         views["w_uk"] = ("packed", packed)
     else:
         checker.no_weights(given["packed"])
@@ -242,6 +281,11 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
 
 def _shape(shape: Sequence[int | str | None]) -> str:
     return "[" + ", ".join("any" if extent is None else str(extent) for extent in shape) + "]"
+
+
+def _named(*names: str) -> tuple[torch.dtype, ...]:
+    """The dtypes with these names, of those that this torch has."""
+    return tuple(getattr(torch, name) for name in names if hasattr(torch, name))
 
 
 def _name(dtype: torch.dtype) -> str:

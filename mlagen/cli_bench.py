@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,6 +13,7 @@ from mlagen import __version__
 from mlagen.cli_files import file_name, refuse_unwritable, write_whole
 from mlagen.cli_options import (
     AsJson,
+    Compute,
     Fp8Max,
     KvDtype,
     Model,
@@ -45,6 +46,7 @@ def bench(
     kv_dtype: KvDtype = "fp8",
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
+    compute: Compute = "a16",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,64,128,256",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     peers: Annotated[str, typer.Option(help=PEERS_HELP)] = "all",
@@ -74,7 +76,8 @@ def bench(
     chosen = chosen_peers(peers)
     ending = require_plot(plot) if plot else ""
     target = find_target(gpu_arch(device))
-    wanted = request(model, tp, target, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max)
+    options: dict[str, Any] = {"q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "compute": compute}
+    wanted = request(model, tp, target, weight=weight, fp8_max=fp8_max, **options)
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says while it works is no result
         report = _measure(wanted, chosen, counts, layers, repeats)
     if as_json:

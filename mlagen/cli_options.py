@@ -16,7 +16,10 @@ MAX_TOKENS = 65536
 Model = Annotated[str, typer.Argument(help="A preset (see `mlagen models`), a config.json, or a folder that holds one.")]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size: the heads are divided by it.")]
 Archs = Annotated[list[str] | None, typer.Option("--arch", help=f"GPU architecture; may be repeated. Default: {', '.join(ARCHS)}.")]
-Weight = Annotated[str | None, typer.Option(help="Type of W_UK: the model's (default), or none: q_nope arrives absorbed.")]
+Weight = Annotated[
+    str | None, typer.Option(help="W_UK: the model's dtype, fp8, fp8-block, mxfp4, or none: q_nope arrives absorbed.")
+]
+Compute = Annotated[str, typer.Option(help="a16: q_nope as it is; a8: rounded to fp8, for parity with AITER; needs --weight fp8.")]
 QDtype = Annotated[str, typer.Option("--q-dtype", help="fp8, or the model's dtype: bf16, fp16.")]
 KvDtype = Annotated[str, typer.Option("--kv-dtype", help="fp8, or the model's dtype: bf16, fp16.")]
 Rounding = Annotated[str, typer.Option(help="fused: fp32 up to the end; stepwise: round where separate operators would.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlagen.cli_files import file_name, refuse_unwritable, write_whole
-from mlagen.cli_options import Tp, gpu_arch, parse_tokens
+from mlagen.cli_options import Tp, Weight, gpu_arch, parse_tokens
 from mlagen.errors import MlagenError, RequestError
 from mlagen.model import CLOCK, SOURCE, modelled_table
 from mlagen.models import resolve_model
@@ -27,6 +27,7 @@ def tune(
         str | None, typer.Argument(help="A preset, a config.json, or a folder that holds one. Not needed with --device model.")
     ] = None,
     tp: Tp = 1,
+    weight: Weight = None,
     device: Annotated[str | None, typer.Option(help="cuda or hip: time on this GPU; model: the shipped tables for AMD.")] = None,
     arch: Annotated[str | None, typer.Option(help=f"With --device model: {' or '.join(MODELLED)}.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,16,32,64,128,256",
@@ -41,6 +42,8 @@ def tune(
     if device == "model":
         if model is not None:
             raise RequestError(f"MODEL is {model}: the model of the hardware does all shipped shapes at once; leave it out")
+        if weight is not None:
+            raise RequestError(f"--weight {weight}: the model of the hardware does weights of the model's dtype; leave it out")
         _write_modelled(arch, out)
         return
     if arch is not None:
@@ -51,7 +54,7 @@ def tune(
         raise RequestError("MODEL: name a preset (see `mlagen models`), a config.json, or a folder that holds one")
     resolve_model(model)  # before the GPU is asked for anything
     target = find_target(gpu_arch(device))
-    wanted = request(model, tp, target)
+    wanted = request(model, tp, target, weight=weight)
     source = _source()
     kept = _kept(out, target, source)
     with contextlib.redirect_stdout(sys.stderr):
@@ -87,7 +90,7 @@ def _measure(spec: "PrologueSpec", target: Target, counts: list[int], layers: in
             count = f"{timing.tokens} token{'' if timing.tokens == 1 else 's'}"
             what = f"{'dependent launch, ' if dependent else ''}{count}: {timing.us[best]:.2f} us per layer"
             print(f"{what}, stream {timing.stream:.2f}; best of {len(timing.us)}: {tuning.name_of(best)}")
-        entries.append(tuning.entry_of(spec, timings, dependent=dependent))
+        entries.append(tuning.entry_of(spec, target, timings, dependent=dependent))
     return entries
 
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from mlagen.abi import Argument, kernel_arguments
+from mlagen.codes import LARGEST_EXPONENT, PackedCodes, packed_codes
 from mlagen.dtypes import DType
 from mlagen.errors import ScheduleError
-from mlagen.ir import Program
+from mlagen.ir import ACTIVATION_GROUP, LEAST_ACTIVATION, Program
 from mlagen.layout import Layout
 from mlagen.lowering import Lowered, Segment, Sink, lower
 from mlagen.rendering import environment, template_texts
@@ -28,6 +31,8 @@ from mlagen.tiles import AbsorbTiles
 
 FLOOR_THREADS = (128, 256, 512)
 """Lanes of a workgroup of each of the streaming floor's kernels."""
+
+FP32_BIAS = 127
 
 MARK = "// The kernel.  From here on the text is the same on every platform."
 """The line after which host and device source are the same bytes."""
@@ -47,6 +52,7 @@ class GeneratedKernel:
     schedule: Schedule
     arguments: tuple[Argument, ...]
     dependent: bool
+    codes: PackedCodes | None
     texts: Callable[[str], str] = field(repr=False)
 
     @property
@@ -91,7 +97,9 @@ def variants(spec: PrologueSpec, target: Target) -> tuple[GeneratedKernel, ...]:
 
 def kernel_name(spec: PrologueSpec, target: Target) -> str:
     """A name that tells apart all kernels that differ: specs that differ in heads only share a kernel."""
-    product = f"p{spec.nope_dim}_w{spec.weight}" if spec.absorbs else "absorbed"
+    product = f"p{spec.nope_dim}_w{spec.weight}".replace("-", "") if spec.absorbs else "absorbed"
+    if spec.compute != "a16":
+        product += f"_{spec.compute}"
     parts = ["mla_prologue", product, f"l{spec.lora_rank}", f"r{spec.rope_dim}", spec.rope_style, spec.dtype]
     parts += [f"q{spec.q_dtype}", f"kv{spec.kv_dtype}", spec.rounding]
     if spec.fp8_max is not None and spec.fp8_max != target.fp8.largest:
@@ -117,11 +125,13 @@ def render(
     """
     if dependent and not target.dependent_launch:
         raise ScheduleError(f"{target.arch} starts no kernel before the one before it has ended: leave pdl out")
-    arguments = kernel_arguments(lowered, absorb_first=schedule.staging is not None)
+    codes = packed_codes(lowered, schedule, target)
+    head_bytes = codes.head_bytes if codes else None
+    arguments = kernel_arguments(lowered, absorb_first=schedule.staging is not None, head_bytes=head_bytes)
 
     @functools.cache
     def text(build: str) -> str:
-        context = _context(name, program, lowered, schedule, target, arguments)
+        context = _context(name, program, lowered, schedule, target, arguments, codes)
         context |= {"aligned": aligned, "dependent": dependent}
         platform = "host" if build == "host" else target.platform
         rendered = environment().get_template("kernel.hip.j2").render(context, platform=_platform(platform, lowered, context))
@@ -129,7 +139,7 @@ def render(
             rendered += environment().get_template("host_entry.cpp.j2").render(context)
         return re.sub(r"\n{3,}", "\n\n", rendered)
 
-    return GeneratedKernel(name, target.arch, lowered, schedule, arguments, dependent, text)
+    return GeneratedKernel(name, target.arch, lowered, schedule, arguments, dependent, codes, text)
 
 
 def floor_arguments() -> tuple[Argument, ...]:
@@ -146,7 +156,8 @@ def floor_source(target: Target, platform: str | None = None) -> str:
     """Kernels that a time is compared with: mlagen_empty, which does nothing, with workgroups of FLOOR_THREADS[0], and for each N
     of FLOOR_THREADS mlagen_stream_N, which only reads and writes.  `platform` is the target's own, or "host".
     """
-    context = {"target": target, "aligned": True, "staging": None, "dependent": False, "threads_choices": FLOOR_THREADS}
+    context = {"target": target, "aligned": True, "staging": None, "dependent": False, "codes": None}
+    context["threads_choices"] = FLOOR_THREADS
     context["fp8_largest"] = _float_literal(target.fp8.largest)
     library = environment().get_template(f"lib/{platform or target.platform}.h").render(context)
     arguments = _argument_context(floor_arguments())
@@ -164,6 +175,8 @@ def _platform(platform: str, lowered: Lowered, context: Mapping[str, Any]) -> st
         texts["lib/access.h"],
     ]
     if lowered.absorb:
+        if context["codes"]:
+            parts.append(environment().get_template(f"lib/{platform}_codes.h.j2").render(context))
         parts.append(environment().get_template(f"lib/{platform}_multiply.h.j2").render(context))
     if platform == "host":
         parts.append(texts["lib/host_launch.h"])
@@ -171,7 +184,13 @@ def _platform(platform: str, lowered: Lowered, context: Mapping[str, Any]) -> st
 
 
 def _context(
-    name: str, program: Program, lowered: Lowered, schedule: Schedule, target: Target, arguments: tuple[Argument, ...]
+    name: str,
+    program: Program,
+    lowered: Lowered,
+    schedule: Schedule,
+    target: Target,
+    arguments: tuple[Argument, ...],
+    codes: PackedCodes | None,
 ) -> dict[str, Any]:
     q, kv = lowered.sink("q"), lowered.sink("kv")
     partials = []
@@ -184,8 +203,13 @@ def _context(
     if kv:
         partials.append("cache_write")
     if lowered.absorb:
-        partials += ["q_absorb", "query_staged" if schedule.staging else "query_tile"]
-    atom = target.atom(lowered.model_dtype)
+        partials.append("q_absorb")
+        if codes:
+            partials.append("weight_codes")
+        partials.append("query_staged" if schedule.staging else "query_tile")
+        if codes and codes.operand_codes:
+            partials.append("query_codes")
+    atom = target.atom(lowered.operand_dtype)
     segments = [
         _segment_context(segment, pieces, schedule, lowered)
         for segment, pieces in zip(lowered.segments, schedule.pieces, strict=True)
@@ -209,6 +233,11 @@ def _context(
         "staging": schedule.staging,
         "product": target.shared_product(lowered.model_dtype),
         "lanes": _lane_expressions(schedule.absorb) if schedule.absorb else None,
+        "codes": codes,
+        "operand_codes": codes is not None and codes.operand_codes,
+        "activation": _activation(schedule.absorb, target) if codes and codes.operand_codes and schedule.absorb else None,
+        "sum_scale": " * weight_scale" if codes and codes.row_blocks == 1 else "",
+        "mx": _mx_numbers(target),
         "wgmma": _wgmma_operands(schedule.staging) if schedule.staging else None,
         "q": _sink_context(q, lowered) if q else None,
         "kv": _sink_context(kv, lowered) if kv else None,
@@ -239,7 +268,8 @@ def _lane_expressions(tiles: AbsorbTiles) -> Mapping[str, str]:
     """The lane arithmetic of the absorb, from the atom's maps, as C++ expressions.
 
     k_first: first k of a lane's fragment of q; read_token: its token within a tile; sum_token: the first token of its sums;
-    l_first: its first latent column within a tile; sum: the register of sum number i % l_held of token number `column`.
+    l_first: its first latent column within a tile; weight_group: number of the group of lanes that hold the same rows of weights;
+    sum: the register of sum number i % l_held of token number `column`.
     """
     atom = tiles.atom
     return {
@@ -247,7 +277,43 @@ def _lane_expressions(tiles: AbsorbTiles) -> Mapping[str, str]:
         "read_token": atom.b.lane_expression("n"),
         "sum_token": atom.d.lane_expression("n"),
         "l_first": atom.d.lane_expression("m", scale=tiles.l_run),
+        "weight_group": atom.a.lane_expression("m", scale=1),
         "sum": atom.d.held_number(m=f"i % {tiles.l_held}", n="column"),
+    }
+
+
+def _mx_numbers(target: Target) -> Mapping[str, int]:
+    """How e2m1 codes are read as fp8: they mean 2^power times less there, and an e8m0 byte of a packed head, less `offset`, is
+    the exponent of the fp32 factor that gives them their value and their scale."""
+    power = 7 if target.fp8 is DType.E4M3FNUZ else 6  # the exponent bias of fp8 less that of e2m1
+    return {"power": power, "offset": LARGEST_EXPONENT - FP32_BIAS - power}
+
+
+def _activation(tiles: AbsorbTiles, target: Target) -> Mapping[str, Any]:
+    """How the query is rounded to fp8: its groups, and between which lanes a group's largest magnitude is found.
+
+    steps: the bits of a lane's number that tell apart those with the same token; reciprocal: of the largest code, in fp32;
+    token_lane: which lane has the scale of a lane's token number `column`, "" where it is its own; column: that of sum number i.
+    """
+    b, d = tiles.atom.b, tiles.atom.d
+    steps, below, token_stride = [], 1, 1
+    for digit in b.lane:
+        if digit.axis == "n":
+            token_stride = below
+        else:
+            steps += [below << bit for bit in range(digit.size.bit_length() - 1)]
+        below *= digit.size
+    stays = tiles.tokens_per_lane == 1 and b.lane_expression("n") == d.lane_expression("n")
+    token = f"({d.lane_expression('n')} + column)"
+    return {
+        "columns": ACTIVATION_GROUP,
+        "groups": -(-tiles.nope_dim // ACTIVATION_GROUP),
+        "chunks": ACTIVATION_GROUP // tiles.chunk,
+        "steps": steps,
+        "least": _float_literal(LEAST_ACTIVATION),
+        "reciprocal": _float_literal(float(np.float32(1.0 / target.fp8.largest))),
+        "token_lane": "" if stays else token if token_stride == 1 else f"{token} * {token_stride}",
+        "column": d.register_expression("n", "i"),
     }
 
 

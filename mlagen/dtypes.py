@@ -1,8 +1,9 @@
 """Element types: one member owns its spellings and its limits.
 
 The two fp8 flavours are different members, because the same byte means values that differ by a factor of two: e4m3fn (OCP, bias 7)
-reaches 448, e4m3fnuz (bias 8) reaches 240.  User-facing names ("bf16", "fp8") are resolved here and nowhere else; "fp8" has no
-flavour until a Target gives it one.
+reaches 448, e4m3fnuz (bias 8) reaches 240.  Two types are those of mxfp4 weights: their codes, of which a byte holds two, and
+their scales, which are powers of two and have neither sign nor zero.  User-facing names ("bf16", "fp8") are resolved here and
+nowhere else; "fp8" has no flavour until a Target gives it one.
 """
 
 import enum
@@ -30,6 +31,8 @@ class DType(enum.Enum):
     FP32 = Format("fp32", 32, "float", "float32", float.fromhex("0x1.fffffep127"))
     E4M3FN = Format("fp8_e4m3fn", 8, "fp8_e4m3fn", "float8_e4m3fn", 448.0)
     E4M3FNUZ = Format("fp8_e4m3fnuz", 8, "fp8_e4m3fnuz", "float8_e4m3fnuz", 240.0)
+    E2M1 = Format("fp4_e2m1", 4, "fp4_e2m1", "uint8", 6.0)
+    E8M0 = Format("e8m0", 8, "uint8_t", "uint8", float.fromhex("0x1p127"))
     INT32 = Format("int32", 32, "int32_t", "int32", None)
     INT64 = Format("int64", 64, "int64_t", "int64", None)
 

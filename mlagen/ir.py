@@ -5,6 +5,7 @@ integers or symbols ("T" tokens, "H" heads of this rank, "N" cache slots, "X" ro
 Rounding is part of the types: a stage whose result is fp32 keeps full precision, one whose result is bf16 rounds there.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,18 @@ from mlagen.dtypes import DType
 from mlagen.errors import ProgramError
 
 Dim = int | str
+
+SCALE_BLOCK = 128
+"""Rows, and columns, of W_UK in a block of fp8 codes with one scale, the rows also fewer where P is no multiple of it."""
+
+MX_GROUP = 32
+"""Neighbouring rows of a column of W_UK that share an e8m0 scale: OCP Microscaling Formats Specification 1.0, section 5.1."""
+
+ACTIVATION_GROUP = 128
+"""Columns of q_nope that are rounded to fp8 with one scale."""
+
+LEAST_ACTIVATION = 2.0**-33
+"""The magnitude that a group of q_nope is taken to reach at least, so that zeros have a scale: AITER's 1e-10, as a power of two."""
 
 
 @dataclass(frozen=True)
@@ -70,28 +83,57 @@ class Stage:
 
 @dataclass(frozen=True)
 class QAbsorb(Stage):
-    """ql_nope[t,h,:] = q_nope[t,h,:] @ w_uk[h], summed in fp32, rounded to `dtype`."""
+    """ql_nope[t,h,:] = q_nope[t,h,:] @ w_uk[h], summed in fp32, rounded to `dtype`.
+
+    Without `w_scale` W_UK is of q_nope's type.  Otherwise it is made of codes, and a weight is its code times its scale, exactly;
+    `w_scale` is [H] (fp8 codes), [H, P/k, L/l] rounded up (fp8 codes, in blocks of k x l) or [H, P/32, L] (e2m1 codes).
+    `activation`, an fp8 type, rounds q_nope to it in groups of ACTIVATION_GROUP columns of a row, as quantize_activation in
+    mlagen.reference says.
+    """
 
     q_nope: str
     w_uk: str
     dtype: DType
+    w_scale: str | None = None
+    activation: DType | None = None
 
     template: ClassVar[str] = "q_absorb"
 
     @property
     def operands(self) -> tuple[str, ...]:
-        return (self.q_nope, self.w_uk)
+        return (self.q_nope, self.w_uk) if self.w_scale is None else (self.q_nope, self.w_uk, self.w_scale)
 
     def infer(self, types: Types) -> TensorType:
-        q_nope, w_uk = self.float_rows(self.q_nope, types), self.float_rows(self.w_uk, types)
+        q_nope, w_uk = self.float_rows(self.q_nope, types), types[self.w_uk]
         if len(q_nope.shape) != 3 or len(w_uk.shape) != 3:
             raise self.reject(f"expected q_nope [T,H,P] and w_uk [H,P,L], got {q_nope} and {w_uk}")
         (tokens, heads, nope), (w_heads, w_nope, lora) = q_nope.shape, w_uk.shape
         if (heads, nope) != (w_heads, w_nope):
             raise self.reject(f"{self.q_nope} {q_nope} and {self.w_uk} {w_uk} differ in heads or in the nope width")
-        if q_nope.dtype != w_uk.dtype:
+        if self.w_scale is None and q_nope.dtype != w_uk.dtype:
             raise self.reject(f"{self.q_nope} is {q_nope.dtype} and {self.w_uk} is {w_uk.dtype}: the product needs one type")
+        if self.w_scale is not None:
+            self.scale_block(types)
+        if self.activation is not None and not (self.activation.is_fp8 and self.activation is w_uk.dtype):
+            raise self.reject(f"activation {self.activation} and {self.w_uk} {w_uk}: the product needs one fp8 type")
         return TensorType((tokens, heads, lora), self.dtype)
+
+    def scale_block(self, types: Types) -> tuple[int, int]:
+        """(k, l): how many rows and columns of a head's W_UK share a scale."""
+        assert self.w_scale is not None, "only codes have scales"
+        w_uk, scale = types[self.w_uk], types[self.w_scale]
+        heads, nope, lora = w_uk.shape
+        if not isinstance(nope, int) or not isinstance(lora, int):
+            raise self.reject(f"{self.w_uk} is {w_uk}: codes need known widths")
+        if w_uk.dtype.is_fp8 and scale == TensorType((heads,), DType.FP32):
+            return nope, lora
+        if w_uk.dtype.is_fp8 and scale.dtype is DType.FP32 and len(scale.shape) == 3:
+            block = math.gcd(nope, SCALE_BLOCK), SCALE_BLOCK
+            if scale.shape == (heads, nope // block[0], -(-lora // block[1])):
+                return block
+        if w_uk.dtype is DType.E2M1 and scale == TensorType((heads, nope // MX_GROUP, lora), DType.E8M0) and nope % MX_GROUP == 0:
+            return MX_GROUP, 1
+        raise self.reject(f"{self.w_scale} is {scale}, which is no scale for {self.w_uk} {w_uk}")
 
 
 @dataclass(frozen=True)
@@ -256,7 +298,9 @@ class Program:
         lines = [f"program {self.name}"]
         lines += [f"  input  {name:<{width}} : {tensor}" for name, tensor in self.inputs]
         for stage in self.stages:
-            options = [f"{key}={value}" for key in ("style", "fp8_max") if (value := getattr(stage, key, None)) is not None]
+            options = [
+                f"{key}={value}" for key in ("style", "fp8_max", "activation") if (value := getattr(stage, key, None)) is not None
+            ]
             call = f"{stage.template}({', '.join([*stage.operands, *options])})"
             lines.append(f"         {stage.output:<{width}} = {call} : {types[stage.output]}")
         lines.append(f"  result {', '.join(self.results)}")

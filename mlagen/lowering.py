@@ -31,6 +31,8 @@ class Segment:
     """`source`, carried through at most one of `absorb` and `rope`, to columns [column, column + width) of a sink's rows.
 
     `carried` is the type to which the value is rounded before the sink's conversion; fp32 means that it is not rounded.
+    `weight` is the element of the absorb's W_UK, or else of the source, and `scale_block` says how many rows and columns of W_UK
+    share a scale, where it has scales.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Segment:
     rope: Rope | None
     carried: DType
     sink: Sink
+    weight: DType
+    scale_block: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,12 @@ class Lowered:
     @property
     def absorb(self) -> Segment | None:
         return next((segment for segment in self.segments if segment.absorb), None)
+
+    @property
+    def operand_dtype(self) -> DType:
+        """What the absorb's matrix instruction multiplies."""
+        activation = self.absorb.absorb.activation if self.absorb and self.absorb.absorb else None
+        return activation or self.model_dtype
 
     @property
     def sinks(self) -> tuple[Sink, ...]:
@@ -128,7 +138,10 @@ def _row_segments(program: Program, types: Types, sink: Sink) -> list[Segment]:
         verb = "absorb" if absorb else "rotate" if rope else "copy"
         width = types[part].width
         name = f"{verb}_{source}"
-        segments.append(Segment(name, source, types[source].width, width, column, absorb, rope, types[part].dtype, sink))
+        weight = types[absorb.w_uk].dtype if absorb else types[source].dtype
+        block = absorb.scale_block(types) if absorb and absorb.w_scale else None
+        carried = types[part].dtype
+        segments.append(Segment(name, source, types[source].width, width, column, absorb, rope, carried, sink, weight, block))
         column += width
     return segments
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mlagen.dtypes import DType
-from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Stage
+from mlagen.ir import ACTIVATION_GROUP, LEAST_ACTIVATION, CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Stage
 from mlagen.torch_types import torch_dtype
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -48,8 +48,9 @@ class Bounded:
 def evaluate(program: Program, inputs: Mapping[str, torch.Tensor | None]) -> dict[str, Bounded]:
     """Every value of `program` for the given inputs, on their device.
 
-    Inputs are tensors of the program's types, w_uk unpacked [H,P,L], cos_sin_cache joined; kv_cache is not needed.  A scale may be
-    None, meaning 1.  A CacheWrite's value is the row that it writes; the slots decide where.
+    Inputs are tensors of the program's types, w_uk unpacked [H,P,L] (e2m1 codes in pairs, [H,P/2,L]), w_scale as the program
+    has it, cos_sin_cache joined; kv_cache is not needed.  q_scale and k_scale may be None, meaning 1.  A CacheWrite's
+    value is the row that it writes; the slots decide where.
     """
     values: dict[str, Bounded] = {}
     for name, tensor in inputs.items():
@@ -62,11 +63,54 @@ def evaluate(program: Program, inputs: Mapping[str, torch.Tensor | None]) -> dic
 
 def _q_absorb(stage: QAbsorb, values: Mapping[str, Bounded]) -> Bounded:
     q, w = values[stage.q_nope].exact, values[stage.w_uk].exact
-    terms = q.shape[-1]
+    terms, steps = q.shape[-1], 2
+    if stage.w_scale is not None:
+        w = dequantize_weights(w, values[stage.w_scale].exact)
+        steps += 2 + terms // 16  # each block of rows has its sum multiplied and added; no block has fewer than 16
+    if stage.activation is not None:
+        q = quantize_activation(q, stage.activation)
     exact = torch.einsum("thp,hpl->thl", q, w)
     # Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: a sum of n products, in any order.
-    error = (terms + 2) * UNIT_ROUNDOFF * torch.einsum("thp,hpl->thl", q.abs(), w.abs()) + terms * SMALLEST_NORMAL
+    error = (terms + steps) * UNIT_ROUNDOFF * torch.einsum("thp,hpl->thl", q.abs(), w.abs()) + terms * SMALLEST_NORMAL
     return _round(Bounded.around(exact, error), stage.dtype)
+
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def dequantize_weights(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """W_UK [H,P,L] in fp64, each weight its code times its scale.
+
+    codes: fp8 values [H,P,L] in fp64 with scale [H] or [H, P/k, L/128], rounded up; or uint8 [H, P/2, L] with e2m1 codes, that of
+    row 2i in the low nibble, and scale uint8 [H, P/32, L], whose byte b means 2^(b - 127), 255 NaN.  Source of the last: OCP
+    Microscaling Formats (MX) Specification 1.0, sections 5.3.3 and 5.4.1.
+    """
+    if codes.dtype is torch.uint8:
+        heads, pairs, lora_rank = codes.shape
+        values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], dtype=torch.float64, device=codes.device)
+        both = torch.stack((codes & 0xF, codes >> 4), 2).reshape(heads, 2 * pairs, lora_rank).long()
+        factors = torch.where(scale == 255, torch.nan, torch.exp2(scale.double() - 127))
+        return values[both] * factors.repeat_interleave(32, dim=1)
+    if scale.dim() == 1:
+        return codes * scale[:, None, None]
+    rows = codes.shape[1] // scale.shape[1]
+    return codes * scale.repeat_interleave(rows, dim=1).repeat_interleave(128, dim=2)[..., : codes.shape[2]]
+
+
+def quantize_activation(q: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """q [..., P] rounded to fp8 in groups of 128 columns, as its values in fp64.
+
+    scale = amax(|group|) * (1 / largest), amax at least LEAST_ACTIVATION and blind to NaN; code = rne(x * (1 / scale)), saturating;
+    the value is code * scale.  All scales in fp32, each operation rounded.  Source: AITER's Triton kernel
+    _fused_fp8_bmm_rope_cat_and_cache_mla_kernel.
+    """
+    groups = []
+    for first in range(0, q.shape[-1], ACTIVATION_GROUP):
+        x = q[..., first : first + ACTIVATION_GROUP].float()
+        largest = x.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).abs().amax(-1, keepdim=True).clamp(min=LEAST_ACTIVATION)
+        scale = largest * torch.tensor(1.0 / dtype.largest, dtype=torch.float32, device=q.device)
+        groups.append(saturating_fp8(x * (1.0 / scale), dtype).double() * scale.double())
+    return torch.cat(groups, -1)
 
 
 def _rope(stage: Rope, values: Mapping[str, Bounded]) -> Bounded:

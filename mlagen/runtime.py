@@ -11,10 +11,12 @@ import torch
 from mlagen.arguments import TENSORS, Checker, bind
 from mlagen.binaries import BundlePath, device_binary, host_library
 from mlagen.codegen import GeneratedKernel, generate
+from mlagen.codes import packed_head_shape
 from mlagen.errors import ArgumentError, MlagenError, TargetError
 from mlagen.layout import Layout
-from mlagen.packing import PADDING, packed_shape, packing_index
+from mlagen.packed_weights import pack_codes, pack_model_weights
 from mlagen.plan import Form, Module, Plan
+from mlagen.quantization import WeightCodes, quantize_weights
 from mlagen.signature import matcher
 from mlagen.spec import PrologueSpec
 from mlagen.tables import Range, choose_ranges
@@ -56,7 +58,7 @@ class Kernel:
             raise MlagenError(f"load: a tensor made here is a {found}: load kernels outside of fake modes")
         self._wait()  # the first call may be on another stream
         tiles = self.generated.schedule.absorb
-        self._packed_shape: Sequence[int] = packed_shape(tiles) if tiles else ()
+        self._packed_shape: Sequence[int] = packed_head_shape(tiles, self.generated.codes) if tiles else ()
         self._out_dtype = self._checker.fp8 if spec.q_dtype == "fp8" else self._checker.model
         self._absorbs, self._has_rope, self._rotates = spec.absorbs, spec.rope_dim > 0, spec.rope_style != "none"
         self._on_cpu = device.type == "cpu"
@@ -69,23 +71,37 @@ class Kernel:
         rotary = {"positions", "cos_sin_cache", "sin"} if not self._rotates else set()
         return Form([name for name in TENSORS if name not in rotary and not unread.get(name)])
 
-    def pack_weights(self, w_uk: torch.Tensor) -> torch.Tensor:
+    def pack_weights(self, w_uk: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """W_UK [H,P,L] of any strides in the order in which this kernel's lanes read it, to be done once at load.
 
-        Returns a contiguous tensor of the same type with H as its first dimension.  Raises ArgumentError for a wrong shape, dtype
-        or device, and for a kernel without absorb.
+        Returns a contiguous tensor with H as its first dimension: of the same type, or uint8 where the spec's weight is made of
+        codes.  For these W_UK may come in the model's dtype, to be quantised as vLLM (fp8), DeepGEMM (fp8-block) and AITER (mxfp4)
+        do, or as codes with their `scale`:
+
+        - fp8: w_uk [H,P,L] in the arch's fp8; scale fp32, one for all ([] or [1]) or one for each head ([H]).
+        - fp8-block: the same with scale [H, P/128, L/128], rounded up, or [H, P/k, L/128] with k = gcd(P, 128);
+          mlagen.quantization.split_kv_b_proj gives both from a checkpoint's kv_b_proj.
+        - mxfp4: w_uk uint8 [H, P/2, L], row 2i in the low nibble, and scale uint8 [H, P/32, L], a byte b meaning 2^(b - 127).
+          AITER's w_k [H, L, P/2] and w_k_scale [H, L, P/32] are these with their last dimensions transposed (.mT).
+
+        Codes are looked at, which waits for the device.  Raises ArgumentError for a wrong shape, dtype or device, for codes, scales
+        or weights to quantise that are no numbers, and for a kernel without absorb.
         """
         tiles = self.generated.schedule.absorb
         if tiles is None:
             raise ArgumentError("w_uk: this kernel does no absorb (weight='none'), there is nothing to pack")
         weights = self._checker.weights(w_uk)
-        index = torch.tensor(packing_index(tiles), device=self.device)
-        packed = weights.reshape(self.spec.heads, -1)[:, index.clamp(min=0)]
-        if tiles.padded:
-            packed[:, index == PADDING] = 0
+        scales = self._checker.weight_scale(weights, scale)
+        if self.generated.codes is None:
+            packed = pack_model_weights(weights, tiles)
+        elif scales is None:
+            packed = pack_codes(quantize_weights(weights, self.spec, self._checker.fp8), self.generated.codes)
+        else:
+            weights = weights.view(torch.uint8) if self.spec.weight == "mxfp4" else weights
+            packed = pack_codes(WeightCodes(weights, scales), self.generated.codes)
         if self.generated.dependent:
             self._wait()  # these kernels read weights before the kernel before them has ended
-        return packed.reshape(self.spec.heads, *self._packed_shape)
+        return packed
 
     def _wait(self) -> None:
         """Until what the current stream was given to do is done."""

@@ -25,6 +25,10 @@ M_TILES = {"amd": (4, 2, 1), "nvidia": (2, 1)}
 """Atoms that may make a weight tile, best first.  AMD: with four a lane stores 16 fp8 codes at once.  NVIDIA: two, so that one head
 has enough warps, and a lane's fp8 codes still fill a word."""
 
+M_TILES_OF_CODES = {"amd": (4, 2, 1), "nvidia": (1,)}
+"""The same where the weights are codes that become the model's dtype in registers.  NVIDIA: one, so that a wave, whose
+conversion is in the way of its product, has less to convert; found on an H200 with 16 heads."""
+
 MAX_THREADS = 1024
 """Lanes of a workgroup, on all targets."""
 
@@ -178,7 +182,7 @@ def choose_schedule(
     """
     absorb = staging = None
     if lowered.absorb:
-        absorb = _choose_tiles(lowered.absorb, target, target.atom(lowered.model_dtype), m_tiles)
+        absorb = _choose_tiles(lowered.absorb, target, target.atom(lowered.operand_dtype), m_tiles)
         registers = absorb.registers
         if block is not None:
             staging = _choose_staging(lowered, target, absorb, block)
@@ -203,7 +207,8 @@ def choose_schedule(
 def _choose_tiles(segment: Segment, target: Target, atom: MmaAtom, m_tiles: int | None) -> AbsorbTiles:
     if m_tiles is not None:
         return AbsorbTiles(atom, segment.source_width, segment.width, m_tiles)
-    for candidate in M_TILES[target.platform]:
+    converted = segment.scale_block is not None and segment.absorb is not None and segment.absorb.activation is None
+    for candidate in (M_TILES_OF_CODES if converted else M_TILES)[target.platform]:
         if segment.width % (candidate * atom.m):
             continue
         tiles = AbsorbTiles(atom, segment.source_width, segment.width, candidate)
@@ -218,6 +223,13 @@ def _choose_staging(lowered: Lowered, target: Target, tiles: AbsorbTiles, block:
         raise ScheduleError(f"block={block}: {target.arch} has no product from shared memory")
     if block not in product.blocks:
         raise ScheduleError(f"block={block}: {target.arch} multiplies {', '.join(map(str, product.blocks))} tokens at a time")
+    if lowered.operand_dtype is not lowered.model_dtype:
+        raise ScheduleError(f"block={block}: the query in shared memory is {lowered.model_dtype}, not {lowered.operand_dtype}")
+    scale_block = lowered.absorb.scale_block if lowered.absorb else None
+    if scale_block and scale_block[1] > 1 and scale_block[0] < tiles.nope_dim:
+        raise ScheduleError(
+            f"block={block}: products from shared memory are whole sums, these have {scale_block[0]} rows to a scale"
+        )
     assert sink is not None, "an absorb ends in the query"
     return Staging(tiles, block, product.waves, 1 if sink.quantize.dtype.is_fp8 else 2, target.lds_bytes)
 

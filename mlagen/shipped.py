@@ -35,10 +35,19 @@ def request(
     rounding: str = "fused",
     fp8_max: float | None = None,
     nope_first: bool = True,
+    compute: str = "a16",
 ) -> Request:
     """The request for a model (preset or path).  Raises ModelError or SpecError."""
     spec = PrologueSpec.from_model(
-        model, tp=tp, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max, nope_first=nope_first
+        model,
+        tp=tp,
+        weight=weight,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        rounding=rounding,
+        fp8_max=fp8_max,
+        nope_first=nope_first,
+        compute=compute,
     )
     spec.program(target)
     return Request(resolve_model(model).name, tp, spec, target)

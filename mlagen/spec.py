@@ -7,11 +7,24 @@ from dataclasses import dataclass
 from mlagen import models
 from mlagen.dtypes import MODEL_DTYPES, DType, model_dtype
 from mlagen.errors import SpecError
-from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Stage, TensorType
+from mlagen.ir import (
+    MX_GROUP,
+    SCALE_BLOCK,
+    CacheWrite,
+    Concat,
+    Program,
+    QAbsorb,
+    Quantize,
+    Rope,
+    Stage,
+    TensorType,
+)
 from mlagen.target import Target
 
 ROPE_STYLES = ("none", "gptj", "neox")
 ROUNDINGS = ("fused", "stepwise")
+WEIGHT_CODES = ("fp8", "fp8-block", "mxfp4")
+COMPUTES = ("a16", "a8")
 MAX_NOPE_DIM, MAX_LORA_RANK, MAX_ROPE_DIM, MAX_HEADS = 512, 2048, 512, 4096
 
 
@@ -23,7 +36,12 @@ class PrologueSpec:
     elements.
     rope_style: "none", "gptj" (interleaved pairs) or "neox" (halves); with "none" the R columns are carried over unrotated.
     dtype: the model's, "bf16" or "fp16".  weight: the type of W_UK, or "none" where q_nope arrives absorbed as [T,H,L]; None takes
-    the model's.  q_dtype, kv_dtype: "fp8" (in the arch's flavour) or the model's dtype.  rounding: "fused" keeps fp32 up to the
+    the model's.  "fp8" (the arch's flavour, one fp32 scale for all or for each head), "fp8-block" (the same with a scale for each
+    128 x 128 block) and "mxfp4" (e2m1, an e8m0 scale for each 32 rows of a column) are codes, which become the model's dtype in
+    registers, exactly: half and a quarter of the bytes, and no rounding but that of the weights.  compute: "a16" multiplies q_nope
+    as it is.  "a8" rounds it to fp8 first, in groups of 128 columns with a scale of their own, and multiplies fp8 codes, as AITER's
+    Triton kernels do: there for parity with them, since it costs accuracy (about 2.5 % of ql_nope's norm) and wins no bytes.
+    q_dtype, kv_dtype: "fp8" (in the arch's flavour) or the model's dtype.  rounding: "fused" keeps fp32 up to the
     final conversion, "stepwise" rounds to the model dtype where separate operators would.  fp8_max lowers the magnitude at which
     fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.  nope_first: in the rows of both outputs the L latent
     columns come before the R rotary ones; False is the other way round.
@@ -43,6 +61,7 @@ class PrologueSpec:
     rounding: str = "fused"
     fp8_max: float | None = None
     nope_first: bool = True
+    compute: str = "a16"
 
     def __post_init__(self) -> None:
         model_dtype(self.dtype)
@@ -53,7 +72,7 @@ class PrologueSpec:
         self._check_width("lora_rank", 16, MAX_LORA_RANK, 16)
         self._check_width("rope_dim", 0, MAX_ROPE_DIM, 2)
         self._check_choice("rope_style", ROPE_STYLES)
-        self._check_choice("weight", (self.dtype, "none"))
+        self._check_choice("weight", (self.dtype, *WEIGHT_CODES, "none"))
         self._check_choice("q_dtype", ("fp8", self.dtype))
         self._check_choice("kv_dtype", ("fp8", self.dtype))
         self._check_choice("rounding", ROUNDINGS)
@@ -67,6 +86,19 @@ class PrologueSpec:
             raise SpecError(f"nope_first={self.nope_first!r}: must be True or False")
         if self.rope_dim == 0:
             object.__setattr__(self, "nope_first", True)  # one part has no order: it is the same kernel
+        self._check_weight()
+
+    def _check_weight(self) -> None:
+        self._check_choice("compute", COMPUTES)
+        if self.compute == "a8" and self.weight != "fp8":
+            raise SpecError(f"compute='a8' with weight={self.weight!r}: it multiplies fp8 codes, use weight='fp8' or compute='a16'")
+        if self.weight in ("fp8-block", "mxfp4") and self.nope_dim % MX_GROUP:
+            raise SpecError(
+                f"weight={self.weight!r} with nope_dim={self.nope_dim}: its scales are for {MX_GROUP} rows of W_UK or more, so "
+                f"nope_dim must be a multiple of {MX_GROUP}; use weight='fp8' or weight={self.dtype!r}"
+            )
+        if self.weight == "mxfp4" and self.dtype != "bf16":
+            raise SpecError(f"weight='mxfp4' with dtype={self.dtype!r}: e8m0 scales reach beyond what {self.dtype} holds, use bf16")
 
     def _limit(self) -> float:
         """fp8_max, checked: a limit that fp8 does not hold would itself be rounded, perhaps upwards."""
@@ -104,6 +136,7 @@ class PrologueSpec:
         rounding: str = "fused",
         fp8_max: float | None = None,
         nope_first: bool = True,
+        compute: str = "a16",
     ) -> "PrologueSpec":
         """The spec of a preset, of a config.json, or of a directory that holds one, on one of `tp` ranks.
 
@@ -123,6 +156,7 @@ class PrologueSpec:
             rounding=rounding,
             fp8_max=fp8_max,
             nope_first=nope_first,
+            compute=compute,
         )
 
     @property
@@ -155,6 +189,21 @@ class PrologueSpec:
     def output_dtype(self, name: str, target: Target) -> DType:
         """Resolve "fp8" to the arch's flavour, or the model's own type."""
         return target.fp8 if name == "fp8" else model_dtype(name)
+
+    def _weight_types(self, target: Target) -> tuple[DType, TensorType | None]:
+        """The element of W_UK, and the type of its scales where it has any."""
+        if self.weight == "fp8":
+            return target.fp8, TensorType(("H",), DType.FP32)
+        if self.weight == "fp8-block":
+            rows, columns = self.nope_dim // math.gcd(self.nope_dim, SCALE_BLOCK), -(-self.lora_rank // SCALE_BLOCK)
+            return target.fp8, TensorType(("H", rows, columns), DType.FP32)
+        if self.weight == "mxfp4":
+            return DType.E2M1, TensorType(("H", self.nope_dim // MX_GROUP, self.lora_rank), DType.E8M0)
+        return model_dtype(self.dtype), None
+
+    def weight_bits(self, target: Target) -> int:
+        """Bits of an element of W_UK, without its scales."""
+        return self._weight_types(target)[0].value.bits
 
     def program(self, target: Target) -> Program:
         """The verified Program of this prologue on `target`.  Raises SpecError where fp8_max exceeds the target's flavour."""
@@ -194,8 +243,11 @@ class PrologueSpec:
         take("q_nope", q_nope.shape, dtype)
         latent = "q_nope"
         if self.absorbs:
-            w_uk = take("w_uk", ("H", self.nope_dim, self.lora_rank), dtype)
-            latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried))
+            code, scale = self._weight_types(target)
+            w_uk = take("w_uk", ("H", self.nope_dim, self.lora_rank), code)
+            w_scale = take("w_scale", scale.shape, scale.dtype) if scale else None
+            activation = target.fp8 if self.compute == "a8" else None
+            latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried, w_scale, activation))
         q_out = row("q_out", latent, "q_pe", ("T", "H", self.rope_dim), self.q_dtype, "q_scale")
         entry = row("kv_entry", take("kv_c", ("T", self.lora_rank), dtype), "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")
         slots = take("slot_mapping", ("T",), DType.INT64)

@@ -1,8 +1,8 @@
 """Tables: which layout for how many tokens, as `mlagen tune` found it out, for the shapes that it was asked about.
 
-A shape that no table has takes the ranges of the nearest one: the nearest L, then the nearest P, then the nearest number of heads.
-A table is a JSON file; those of the package are in mlagen/tuned/.  MLAGEN_TABLES names more, which come first where several are
-equally near.
+A shape that no table has takes the ranges of the nearest one: the nearest L, P, bits of a weight and number of heads, in this
+order.  A table is a JSON file; those of the package are in mlagen/tuned/.  MLAGEN_TABLES names more, which come first where
+several are equally near.
 """
 
 import functools
@@ -23,6 +23,9 @@ from mlagen.schedule import choose_schedule
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
 
+WIDE_WEIGHT = 16
+"""Bits of an element of W_UK in the model's dtype: those of an entry that does not say."""
+
 FORMAT = 1
 """Raised when the meaning of a table's fields changes."""
 
@@ -41,7 +44,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Entry:
-    """The ranges of one shape, by rising numbers of tokens; the last one has no end.
+    """The ranges of one shape, by rising numbers of tokens; the last one has no end.  `weight_bits` are an element's of W_UK.
 
     `found` is what a measurement gave, for readers: for each number of tokens the microseconds per layer of what is used there, and
     those of the streaming floor in the same run.
@@ -53,17 +56,18 @@ class Entry:
     dependent: bool
     ranges: tuple[Range, ...]
     found: Mapping[str, Sequence[float]] = field(default_factory=dict, compare=False)
+    weight_bits: int = WIDE_WEIGHT
 
     def __post_init__(self) -> None:
         ends = [math.inf if each.tokens is None else each.tokens for each in self.ranges]
         if not ends or ends[-1] != math.inf or ends != sorted(set(ends)):
             raise RequestError(f"ranges that end at {ends}: they must rise, and the last must have no end (null)")
 
-    def distance(self, spec: PrologueSpec) -> tuple[float, float, float]:
-        """How far a spec is from this one, the most important first."""
-        scales = ((self.lora_rank, spec.lora_rank), (self.nope_dim, spec.nope_dim), (self.heads, spec.heads))
-        rank, nope, heads = (abs(math.log2(ours / theirs)) for ours, theirs in scales)
-        return rank, nope, heads
+    def distance(self, spec: PrologueSpec, weight_bits: int) -> tuple[float, ...]:
+        """How far a spec with weights of so many bits is from this one, the most important first."""
+        theirs = (spec.lora_rank, spec.nope_dim, weight_bits, spec.heads)
+        ours = (self.lora_rank, self.nope_dim, self.weight_bits, self.heads)
+        return tuple(abs(math.log2(one / other)) for one, other in zip(ours, theirs, strict=True))
 
 
 def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False) -> tuple[Range, ...]:
@@ -79,7 +83,8 @@ def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False
     entries = [entry for entry in _entries(target.arch, os.environ.get("MLAGEN_TABLES", "")) if entry.dependent == dependent]
     if not entries:
         return fallback
-    nearest = min(entries, key=lambda entry: entry.distance(spec))
+    weight_bits = spec.weight_bits(target)
+    nearest = min(entries, key=lambda entry: entry.distance(spec, weight_bits))
     lowered = lower(spec.program(target))
     fitting: list[Range] = []
     for each in nearest.ranges:
@@ -149,7 +154,8 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
         for each in fields["ranges"]
     )
     nope_dim, lora_rank, heads = (_count(fields, name) for name in ("nope_dim", "lora_rank", "heads"))
-    return Entry(nope_dim, lora_rank, heads, dependent, ranges, fields.get("found", {}))
+    weight_bits = _count(fields, "weight_bits") if "weight_bits" in fields else WIDE_WEIGHT
+    return Entry(nope_dim, lora_rank, heads, dependent, ranges, fields.get("found", {}), weight_bits)
 
 
 def _count(fields: Mapping[str, Any], name: str) -> int:
@@ -177,6 +183,7 @@ def write_table(arch: str, source: str, entries: Sequence[Entry]) -> str:
             for each in entry.ranges
         ]
         row: dict[str, Any] = {name: getattr(entry, name) for name in ("nope_dim", "lora_rank", "heads", "dependent")}
+        row |= {"weight_bits": entry.weight_bits} if entry.weight_bits != WIDE_WEIGHT else {}
         row |= {"ranges": ranges} | ({"found": entry.found} if entry.found else {})
         rows.append("    " + json.dumps(row))
     head = {"format": FORMAT, "arch": arch, "source": source}

@@ -135,7 +135,8 @@ def _expression(digits: tuple[Digit, ...], axis: str, number: str, scale: int | 
 class MmaAtom:
     """One matrix instruction: D[m,n] = sum over k of A[m,k] * B[k,n] + C[m,n], fp32 accumulation, C and D mapped alike.
 
-    `builtin` is clang's name for it, or the PTX instruction, and `operand` the type that it takes for A and B.
+    `builtin` is clang's name for it, or the PTX instruction, and `operand` the type that it takes for A and B, whose elements have
+    `element_bytes` each.
     """
 
     builtin: str
@@ -146,6 +147,7 @@ class MmaAtom:
     a: FragmentMap
     b: FragmentMap
     d: FragmentMap
+    element_bytes: int = 2
 
     def __post_init__(self) -> None:
         expected = ((("m", self.m), ("k", self.k)), (("k", self.k), ("n", self.n)), (("m", self.m), ("n", self.n)))
@@ -159,7 +161,7 @@ class MmaAtom:
         return self.d.lanes
 
 
-def _mfma_16x16(k: int, builtin: str, operand: str) -> MmaAtom:
+def _mfma_16x16(k: int, builtin: str, operand: str, element_bytes: int = 2) -> MmaAtom:
     """CDNA's 16x16 family: the 64 lanes are 4 groups of 16; a group holds k/4 consecutive k of one row (A) or column (B)."""
     held = k // 4
     return MmaAtom(
@@ -171,27 +173,33 @@ def _mfma_16x16(k: int, builtin: str, operand: str) -> MmaAtom:
         a=FragmentMap((("m", 16), ("k", k)), (Digit(16, "m", 1), Digit(4, "k", held)), (Digit(held, "k", 1),)),
         b=FragmentMap((("k", k), ("n", 16)), (Digit(16, "n", 1), Digit(4, "k", held)), (Digit(held, "k", 1),)),
         d=FragmentMap((("m", 16), ("n", 16)), (Digit(16, "n", 1), Digit(4, "m", 4)), (Digit(4, "m", 1),)),
+        element_bytes=element_bytes,
     )
 
 
-def _mma_m16n8k16(operand: str) -> MmaAtom:
-    """NVIDIA's mma.sync m16n8k16: the 32 lanes are 8 groups of 4; a group holds one row of A and D, or one column of B.
+def _mma_m16n8(operand: str, element_bytes: int = 2) -> MmaAtom:
+    """NVIDIA's mma.sync m16n8k16, or k32 for 8-bit types: the 32 lanes are 8 groups of 4, which hold one row of A and D, or one
+    column of B; a register of a lane is a word of neighbouring k.
 
-    Source: PTX ISA, section on matrix fragments for mma.m16n8k16 with 16-bit types.
+    Source: PTX ISA, sections on matrix fragments for mma.m16n8k16 with 16-bit types and for mma.m16n8k32.
     """
+    word, k = 4 // element_bytes, 32 // element_bytes
     return MmaAtom(
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32",
+        f"mma.sync.aligned.m16n8k{k}.row.col.f32.{operand}.{operand}.f32",
         operand,
         16,
         8,
-        16,
+        k,
         a=FragmentMap(
-            (("m", 16), ("k", 16)),
-            (Digit(4, "k", 2), Digit(8, "m", 1)),
-            (Digit(2, "k", 1), Digit(2, "m", 8), Digit(2, "k", 8)),
+            (("m", 16), ("k", k)),
+            (Digit(4, "k", word), Digit(8, "m", 1)),
+            (Digit(word, "k", 1), Digit(2, "m", 8), Digit(2, "k", 4 * word)),
         ),
-        b=FragmentMap((("k", 16), ("n", 8)), (Digit(4, "k", 2), Digit(8, "n", 1)), (Digit(2, "k", 1), Digit(2, "k", 8))),
+        b=FragmentMap(
+            (("k", k), ("n", 8)), (Digit(4, "k", word), Digit(8, "n", 1)), (Digit(word, "k", 1), Digit(2, "k", 4 * word))
+        ),
         d=FragmentMap((("m", 16), ("n", 8)), (Digit(4, "n", 2), Digit(8, "m", 1)), (Digit(2, "n", 1), Digit(2, "m", 8))),
+        element_bytes=element_bytes,
     )
 
 
@@ -290,6 +298,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 atoms=(
                     (DType.BF16, _mfma_16x16(16, "__builtin_amdgcn_mfma_f32_16x16x16bf16_1k", "int16x4")),
                     (DType.FP16, _mfma_16x16(16, "__builtin_amdgcn_mfma_f32_16x16x16f16", "float16x4")),
+                    (DType.E4M3FNUZ, _mfma_16x16(32, "__builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8", "long", 1)),
                 ),
             ),
             Target(
@@ -311,6 +320,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 atoms=(
                     (DType.BF16, _mfma_16x16(32, "__builtin_amdgcn_mfma_f32_16x16x32_bf16", "bfloat16x8")),
                     (DType.FP16, _mfma_16x16(32, "__builtin_amdgcn_mfma_f32_16x16x32_f16", "float16x8")),
+                    (DType.E4M3FN, _mfma_16x16(32, "__builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8", "long", 1)),
                 ),
             ),
             Target(
@@ -329,7 +339,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 hbm_bytes_per_second=4.8e12,
                 unaligned_access=False,
                 fp8=DType.E4M3FN,
-                atoms=((DType.BF16, _mma_m16n8k16("bf16")), (DType.FP16, _mma_m16n8k16("f16"))),
+                atoms=((DType.BF16, _mma_m16n8("bf16")), (DType.FP16, _mma_m16n8("f16")), (DType.E4M3FN, _mma_m16n8("e4m3", 1))),
                 shared_products=((DType.BF16, _wgmma("bf16")), (DType.FP16, _wgmma("f16"))),
                 dependent_launch=True,
             ),

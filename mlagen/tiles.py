@@ -60,8 +60,8 @@ class AbsorbTiles:
 
     @property
     def fragment_k(self) -> int:
-        """k in one fragment of one lane, of a 2-byte type."""
-        return FRAGMENT_BYTES // 2
+        """k in one fragment of one lane."""
+        return FRAGMENT_BYTES // self.atom.element_bytes
 
     @property
     def atoms_per_chunk(self) -> int:

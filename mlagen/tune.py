@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from mlagen.bench.run import Methods, measure_methods
-from mlagen.dtypes import model_dtype
 from mlagen.errors import ScheduleError, VerificationError
 from mlagen.layout import Layout
 from mlagen.lowering import lower
@@ -86,7 +85,7 @@ def time_candidates(
     Raises VerificationError for a candidate whose result the oracle does not explain, and as load does.
     """
     floor = Floor(target, device)
-    layers = cold_layers(spec, target, layers, model_dtype(spec.dtype).bytes)
+    layers = cold_layers(spec, target, layers, spec.weight_bits(target) / 8)
     for tokens in token_counts:
         workload = make_workload(spec, target, tokens, layers, device=device)
         ranges = {name_of(each): each for each in candidates(spec, target, tokens, dependent=dependent)}
@@ -134,7 +133,7 @@ def choose(timings: Sequence[Timing]) -> tuple[Range, ...]:
     return (*ranges, Range(None, last.layout, last.token_tiles))
 
 
-def entry_of(spec: PrologueSpec, timings: Sequence[Timing], *, dependent: bool) -> Entry:
+def entry_of(spec: PrologueSpec, target: Target, timings: Sequence[Timing], *, dependent: bool) -> Entry:
     """What a table says of a shape, with the times that were found."""
     ranges = choose(timings)
     found = {}
@@ -142,10 +141,11 @@ def entry_of(spec: PrologueSpec, timings: Sequence[Timing], *, dependent: bool) 
         taken = next(each for each in ranges if each.tokens is None or timing.tokens <= each.tokens)
         us = {(each.layout, each.token_tiles): us for each, us in timing.us.items()}
         found[str(timing.tokens)] = [round(us[taken.layout, taken.token_tiles], 2), round(timing.stream, 2)]
-    return Entry(spec.nope_dim, spec.lora_rank, spec.heads, dependent, ranges, found)
+    return Entry(spec.nope_dim, spec.lora_rank, spec.heads, dependent, ranges, found, spec.weight_bits(target))
 
 
 def merge(entries: Iterable[Entry], newer: Iterable[Entry]) -> list[Entry]:
     """Both, sorted by shape; of two for the same shape the newer."""
-    by_shape = {(each.lora_rank, each.nope_dim, each.heads, each.dependent): each for each in (*entries, *newer)}
+    every = (*entries, *newer)
+    by_shape = {(each.lora_rank, each.nope_dim, each.weight_bits, each.heads, each.dependent): each for each in every}
     return [by_shape[shape] for shape in sorted(by_shape)]

@@ -8,9 +8,10 @@ import torch
 from mlagen.dtypes import model_dtype
 from mlagen.errors import VerificationError
 from mlagen.guarded import Guarded
+from mlagen.quantization import quantize_weights
 from mlagen.reference import Bounded, evaluate
 from mlagen.runtime import Kernel
-from mlagen.spec import PrologueSpec
+from mlagen.spec import WEIGHT_CODES, PrologueSpec
 from mlagen.target import Target
 from mlagen.torch_types import torch_dtype
 
@@ -96,7 +97,7 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
         "k_scale": torch.tensor([0.0213]),
     }
     if spec.absorbs:
-        inputs["w_uk"] = (draw(spec.heads, spec.nope_dim, spec.lora_rank) / spec.nope_dim**0.5).to(dtype)
+        inputs |= _weights(spec, target, (draw(spec.heads, spec.nope_dim, spec.lora_rank) / spec.nope_dim**0.5).to(dtype))
     q_dtype, kv_dtype = (torch_dtype(spec.output_dtype(name, target)) for name in (spec.q_dtype, spec.kv_dtype))
     width = spec.entry_dim
     rows = spec.heads + 1  # head room: heads that the kernel must leave alone
@@ -106,10 +107,20 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     return Case(inputs, q_out, kv_cache)
 
 
+def _weights(spec: PrologueSpec, target: Target, w_uk: torch.Tensor) -> dict[str, torch.Tensor]:
+    """W_UK as the spec has it, and its scales where it is made of codes: unlike ones, so that none can take another's place."""
+    if spec.weight not in WEIGHT_CODES:
+        return {"w_uk": w_uk}
+    sizes = torch.arange(1, spec.heads + 1)[:, None, None] * torch.linspace(1, 9, spec.lora_rank)
+    codes = quantize_weights((w_uk * sizes.to(w_uk.dtype)), spec, torch_dtype(target.fp8))
+    by_head = torch.arange(1, spec.heads + 1) if spec.weight == "fp8" else torch.ones((), dtype=codes.scale.dtype)
+    return {"w_uk": codes.w_uk, "w_scale": codes.scale * by_head}
+
+
 def run_case(kernel: Kernel, case: Case) -> None:
     """Launch `kernel` on a case, writing its guarded outputs."""
     inputs = {name: tensor.to(kernel.device) for name, tensor in case.inputs.items()}
-    packed = kernel.pack_weights(inputs["w_uk"]) if kernel.spec.absorbs else None
+    packed = kernel.pack_weights(inputs["w_uk"], inputs.get("w_scale")) if kernel.spec.absorbs else None
     kernel(
         (inputs["q_nope"], inputs["q_pe"]), inputs["kv_c"], inputs["k_pe"], packed, case.kv_cache.tensor, inputs["slot_mapping"],
         inputs["positions"], inputs["cos_sin_cache"], q_scale=inputs["q_scale"], k_scale=inputs["k_scale"], out=case.q_out.tensor,

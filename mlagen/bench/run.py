@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mlagen.dtypes import model_dtype
 from mlagen.errors import MlagenError
 from mlagen.peers.peer import Peer
 from mlagen.runtime import Kernel
@@ -56,7 +55,7 @@ def methods_of(kernel: Kernel, floor: Floor, peers: Iterable[Peer], early: Kerne
 
 def layers_of(spec: PrologueSpec, target: Target, peers: Iterable[Peer], layers: int) -> int:
     """`layers`, or as many more as keep even the smallest of the peers' weights cold."""
-    own = model_dtype(spec.dtype).bytes
+    own = spec.weight_bits(target) / 8
     return cold_layers(spec, target, layers, min([own, *(peer.weight_bytes or own for peer in peers)]))
 
 

@@ -24,6 +24,8 @@ class Candidate:
 
 def pack(kernel: Kernel, workload: Workload) -> list[torch.Tensor]:
     """Each layer's weights as the kernel, and every other one of its spec and target, wants them."""
+    if workload.codes:
+        return [kernel.pack_weights(codes.w_uk, codes.scale) for codes in workload.codes]
     return [kernel.pack_weights(w_uk) for w_uk in workload.w_uk]
 
 

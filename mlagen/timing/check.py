@@ -36,6 +36,7 @@ class Oracle:
             "kv_c": workload.kv_c,
             "k_pe": workload.k_pe,
             "w_uk": workload.w_uk[layer] if workload.w_uk else None,
+            **({"w_uk": workload.codes[layer].w_uk, "w_scale": workload.codes[layer].scale} if workload.codes else {}),
             "cos_sin_cache": workload.cos_sin_cache,
             "positions": workload.positions,
             "slot_mapping": workload.slot_mapping,

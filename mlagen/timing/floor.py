@@ -63,11 +63,10 @@ class Floor:
     @staticmethod
     def arguments(workload: Workload, layer: int, out: torch.Tensor) -> list[int]:
         """Address and whole pieces of each tensor of a layer; entries are written from the cache's first row on."""
-        w_uk = workload.w_uk[layer] if workload.w_uk else None
-        entries = workload.caches[layer][: workload.tokens]
-        values = []
-        for tensor in (w_uk, workload.q, workload.kv_c, workload.k_pe, out, entries):
-            values += [0, 0] if tensor is None else [tensor.data_ptr(), tensor.nbytes // PIECE_BYTES]
+        # Codes are fewer bytes than the tensor of their values, from which they are read all the same.
+        values = [workload.w_uk[layer].data_ptr(), workload.weight_bytes // PIECE_BYTES] if workload.w_uk else [0, 0]
+        for tensor in (workload.q, workload.kv_c, workload.k_pe, out, workload.caches[layer][: workload.tokens]):
+            values += [tensor.data_ptr(), tensor.nbytes // PIECE_BYTES]
         return values
 
     def _module(self, kernel: str) -> Module:

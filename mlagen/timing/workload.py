@@ -1,11 +1,14 @@
 """What is timed: one decode step through many layers, each with a W_UK and a KV cache of its own."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from mlagen.dtypes import model_dtype
-from mlagen.spec import PrologueSpec
+from mlagen.quantization import WeightCodes, quantize_weights
+from mlagen.reference import dequantize_weights
+from mlagen.spec import WEIGHT_CODES, PrologueSpec
 from mlagen.target import Target
 from mlagen.torch_types import torch_dtype
 
@@ -29,7 +32,8 @@ class Workload:
     """The tensors of `tokens` tokens on their way through the layers, all on one device.
 
     q [T,H,P+R] (or [T,H,L+R] where the spec does not absorb), kv_c [T,L], k_pe [T,R] and cos_sin_cache [MAX_POSITION,R] in the
-    model's dtype; w_uk: for each layer [H,P,L], none where the spec does not absorb; caches: for each layer [slots, L+R] in the
+    model's dtype; w_uk: for each layer [H,P,L] in that dtype, none where the spec does not absorb; codes: the same where the spec's
+    weights are codes, of which w_uk then holds the values, rounded; caches: for each layer [slots, L+R] in the
     cache's dtype; slot_mapping and positions int64 [T], every slot another and none negative; q_scale and k_scale fp32 [1].
     """
 
@@ -44,6 +48,7 @@ class Workload:
     q_scale: torch.Tensor
     k_scale: torch.Tensor
     w_uk: tuple[torch.Tensor, ...]
+    codes: tuple[WeightCodes, ...]
     caches: tuple[torch.Tensor, ...]
 
     @property
@@ -69,6 +74,12 @@ class Workload:
         """Of q_out."""
         return torch_dtype(self.spec.output_dtype(self.spec.q_dtype, self.target))
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of one layer's W_UK as the spec has it, with its scales."""
+        tensors = (self.codes[0].w_uk, self.codes[0].scale) if self.codes else self.w_uk[:1]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An output [T,H,width] to write to."""
         return torch.empty(self.tokens, self.spec.heads, width, dtype=dtype, device=self.q.device)
@@ -89,24 +100,43 @@ def make_workload(
     frequencies = 10000.0 ** -(torch.arange(0, spec.rope_dim, 2, device=device) / max(spec.rope_dim, 1))
     angles = torch.arange(MAX_POSITION, device=device)[:, None] * frequencies
     scale = torch.full((1,), SCALE, device=device)
-    weight = (spec.heads, spec.nope_dim, spec.lora_rank)
+    q, kv_c, k_pe = (
+        draw(tokens, spec.heads, spec.q_nope_dim + spec.rope_dim),
+        draw(tokens, spec.lora_rank),
+        draw(tokens, spec.rope_dim),
+    )
+    positions = torch.randint(0, MAX_POSITION, (tokens,), generator=generator, device=device)
+    slot_mapping = torch.randperm(slots, generator=generator, device=device)[:tokens]
+    w_uk, codes = [], []
+    for _ in range(layers if spec.absorbs else 0):
+        w_uk.append(draw(spec.heads, spec.nope_dim, spec.lora_rank, scale=spec.nope_dim**-0.5))
+        if spec.weight in WEIGHT_CODES:
+            codes.append(quantize_weights(w_uk[-1], spec, torch_dtype(target.fp8)))
+            w_uk[-1] = weight_values(codes[-1]).to(model)
     return Workload(
         spec=spec,
         target=target,
-        q=draw(tokens, spec.heads, spec.q_nope_dim + spec.rope_dim),
-        kv_c=draw(tokens, spec.lora_rank),
-        k_pe=draw(tokens, spec.rope_dim),
+        q=q,
+        kv_c=kv_c,
+        k_pe=k_pe,
         cos_sin_cache=torch.cat((angles.cos(), angles.sin()), -1).to(model),
-        positions=torch.randint(0, MAX_POSITION, (tokens,), generator=generator, device=device),
-        slot_mapping=torch.randperm(slots, generator=generator, device=device)[:tokens],
+        positions=positions,
+        slot_mapping=slot_mapping,
         q_scale=scale,
         k_scale=scale,
-        w_uk=tuple(draw(*weight, scale=spec.nope_dim**-0.5) for _ in range(layers if spec.absorbs else 0)),
+        w_uk=tuple(w_uk),
+        codes=tuple(codes),
         caches=tuple(torch.zeros(slots, spec.entry_dim, dtype=cache_dtype, device=device) for _ in range(layers)),
     )
 
 
-def cold_layers(spec: PrologueSpec, target: Target, layers: int, weight_bytes: int) -> int:
+def weight_values(codes: WeightCodes) -> torch.Tensor:
+    """W_UK [H,P,L] in fp64."""
+    w_uk = codes.w_uk
+    return dequantize_weights(w_uk if w_uk.dtype is torch.uint8 else w_uk.double(), codes.scale)
+
+
+def cold_layers(spec: PrologueSpec, target: Target, layers: int, weight_bytes: float) -> int:
     """How many layers to take so that W_UK comes from memory in every one, as it does in a model: `layers`, or more.
 
     `weight_bytes` is the size of an element in the smallest W_UK that is timed.  At most MAX_LAYERS, which a few heads alone may
@@ -115,5 +145,5 @@ def cold_layers(spec: PrologueSpec, target: Target, layers: int, weight_bytes: i
     if not spec.absorbs:
         return layers
     layer_bytes = spec.heads * spec.nope_dim * spec.lora_rank * weight_bytes
-    cold = -(-COLD_SHARE * target.last_cache_bytes // layer_bytes)
+    cold = math.ceil(COLD_SHARE * target.last_cache_bytes / layer_bytes)
     return max(layers, min(cold, MAX_LAYERS))

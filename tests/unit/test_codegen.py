@@ -45,6 +45,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "absorbed, copied": {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rope_style": "none"},
     "padded": {"nope_dim": 48, "lora_rank": 80},
     "padded, for groups": {"nope_dim": 48, "lora_rank": 256},
+    "fp8 weights": {"weight": "fp8"},
+    "fp8 weights, fp16": {"weight": "fp8", "dtype": "fp16", "nope_dim": 48, "lora_rank": 80},
+    "blocks": {"weight": "fp8-block", "nope_dim": 192},
+    "blocks, a row of them": {"weight": "fp8-block"},
+    "mxfp4": {"weight": "mxfp4"},
+    "a8": {"weight": "fp8", "compute": "a8"},
+    "a8, groups": {"weight": "fp8", "compute": "a8", "nope_dim": 208},
     "largest": {"heads": 4096, "nope_dim": 512, "lora_rank": 2048, "rope_dim": 512},
     "limit": {"fp8_max": 224.0},
     "rope first": {"nope_first": False},
@@ -54,7 +61,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 LAYOUTS = {"sm_90": (Layout(1, None, True), Layout(4, 32), Layout(8, 16, True))}
 """Layouts of each arch besides the default, which lead through templates of their own."""
 
-DOES_NOT_FIT = {("padded", Layout(4, 32)), ("padded", Layout(8, 16, True))}  # five latent tiles, and four waves multiply together
+STAGED = (Layout(4, 32), Layout(8, 16, True))
+DOES_NOT_FIT = {
+    *(("padded", layout) for layout in STAGED),  # five latent tiles, and four waves multiply together
+    *(("fp8 weights, fp16", layout) for layout in STAGED),
+    *(("blocks", layout) for layout in STAGED),  # the sums of a product from shared memory have one scale
+    *((variant, layout) for variant in ("a8", "a8, groups") for layout in STAGED),  # its query is the model's dtype
+}
 
 
 def spec(**changes: Any) -> PrologueSpec:

@@ -118,7 +118,7 @@ REJECTED = {
     "widths that differ": (program(w_uk=tensor("H", 64, 512)), "QAbsorb 'ql_nope'", "nope width"),
     "heads that differ": (program(w_uk=tensor("G", 128, 512)), "QAbsorb 'ql_nope'", "heads"),
     "types that differ": (program(w_uk=tensor("H", 128, 512, dtype=FP16)), "QAbsorb 'ql_nope'", "one type"),
-    "fp8 weights": (program(w_uk=tensor("H", 128, 512, dtype=FN)), "QAbsorb 'ql_nope'", "bf16, fp16 or fp32"),
+    "fp8 weights": (program(w_uk=tensor("H", 128, 512, dtype=FN)), "QAbsorb 'ql_nope'", "the product needs one type"),
     # Rope
     "an unknown style": (changed(Q_ROPE, style="yarn"), "Rope 'q_rotated'", "'yarn' is not one of gptj, neox"),
     "an odd width": (program(q_pe=tensor("T", "H", 63)), "Rope 'q_rotated'", "needs pairs"),

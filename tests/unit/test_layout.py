@@ -31,7 +31,7 @@ LAYERS = (
     Layer("ir", "ir", "target"),
     Layer("spec", "models spec shipped", "ir"),  # what is wanted
     Layer("lowering", "lowering", "ir"),
-    Layer("schedule", "tiles staging layout schedule packing", "lowering"),  # how it is done
+    Layer("schedule", "tiles staging layout schedule packing codes", "lowering"),  # how it is done
     Layer("tables", "tables model", "spec schedule"),  # which of the ways for how many tokens
     Layer("codegen", "abi rendering codegen", "tables"),
     Layer(
@@ -39,8 +39,8 @@ LAYERS = (
         "libraries toolchain cuda_toolchain hiprtc_toolchain compilers machine_code resource_usage cache manifest drivers",
         "target",
     ),
-    Layer("arguments", "arguments signature", "spec torch"),
-    Layer("runtime", "template_cache binaries plan runtime", "codegen binaries arguments"),  # joins both
+    Layer("arguments", "arguments signature quantization", "spec torch"),
+    Layer("runtime", "template_cache binaries packed_weights plan runtime", "codegen binaries arguments"),  # joins both
     Layer("integrations", "integrations", "runtime"),  # under other libraries' names
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it
     Layer("verify", "verify", "runtime oracle"),

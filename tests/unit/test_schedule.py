@@ -174,12 +174,13 @@ def test_a_packed_fragment_is_what_the_kernel_takes_it_for(atom):
     for lane, fragment, element in itertools.product(range(atom.lanes), range(tiles.weight_fragments), range(tiles.fragment_k)):
         rows, columns = np.divmod(index[:, :, :, fragment, lane, element], 512)
         if atom.lanes == 64:
-            k = lane // 16 * 8 + element
+            k = lane // 16 * tiles.fragment_k + element
             m = lane % 16
             column = m // 4 * tiles.l_run + m_tile * 4 + m % 4
-        else:  # two instructions of 8 registers: pairs of k, two rows, two more pairs of k
-            k = lane % 4 * 8 + fragment * 4 + element % 2 + element // 4 * 2
-            column = lane // 4 * tiles.l_run + m_tile * 2 + element // 2 % 2
+        else:  # two instructions of four words, which hold neighbouring k: two rows, then two more words of k
+            word = 4 // atom.element_bytes
+            k = lane % 4 * tiles.fragment_k + fragment * 2 * word + element % word + element // (2 * word) * word
+            column = lane // 4 * tiles.l_run + m_tile * 2 + element // word % 2
         assert (rows == k + first_row).all()
         assert (columns == column + first_column).all()
 

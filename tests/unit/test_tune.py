@@ -78,7 +78,7 @@ def test_ratios_count_not_times():
 
 
 def test_an_entry_tells_what_was_found():
-    entry = entry_of(SPEC, [timing(1, a=1.234, b=2.0), timing(8, a=3.0, b=2.0)], dependent=False)
+    entry = entry_of(SPEC, find_target("sm_90"), [timing(1, a=1.234, b=2.0), timing(8, a=3.0, b=2.0)], dependent=False)
     assert (entry.nope_dim, entry.lora_rank, entry.heads, entry.dependent) == (128, 512, 16, False)
     assert entry.found == {"1": [1.23, 1.0], "8": [2.0, 1.0]}
 

@@ -19,7 +19,11 @@
 #define MLAGEN_SHARED static thread_local
 #define MLAGEN_KERNEL(threads)
 
-struct Fragment { uint32_t words[4]; };
+struct Fragment {
+    uint32_t words[4];
+    uint32_t& operator[](int i) { return words[i]; }
+    uint32_t operator[](int i) const { return words[i]; }
+};
 struct Accumulator {
     float sums[4];
     float& operator[](int i) { return sums[i]; }

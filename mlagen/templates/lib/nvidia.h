@@ -6,7 +6,12 @@
 
 #define MLAGEN_DEVICE [[maybe_unused]] static __device__ __forceinline__
 #define MLAGEN_SHARED __shared__
+//% if codes
+// 1: a multiprocessor need not hold more workgroups, for which ptxas would otherwise spill registers.
+#define MLAGEN_KERNEL(threads) __global__ __launch_bounds__(threads, 1)
+//% else
 #define MLAGEN_KERNEL(threads) __global__ __launch_bounds__(threads)
+//% endif
 
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
@@ -17,7 +22,11 @@ using uint64_t = unsigned long;
 static_assert(sizeof(int64_t) == 8);
 
 // 16 bytes of one lane: an operand of the matrix instructions.
-struct alignas(16) Fragment { uint32_t words[4]; };
+struct alignas(16) Fragment {
+    uint32_t words[4];
+    __device__ uint32_t& operator[](int i) { return words[i]; }
+    __device__ uint32_t operator[](int i) const { return words[i]; }
+};
 // One lane's fp32 sums.
 struct Accumulator {
     float sums[4];
