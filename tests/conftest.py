@@ -71,6 +71,11 @@ def _missing_vllm() -> str:
     return "" if _installed("vllm") else "vllm"
 
 
+def _missing_aiter_root() -> str:
+    root = os.environ.get("AITER_ROOT")
+    return "" if root and Path(root, "aiter").is_dir() else "AITER_ROOT"
+
+
 _MISSING: dict[str, Callable[[], str]] = {
     "compiler": _missing_compiler,
     "cuda": _missing_cuda,
@@ -78,6 +83,7 @@ _MISSING: dict[str, Callable[[], str]] = {
     "isa": _missing_isa,
     "gpu": _missing_gpu,
     "vllm": _missing_vllm,
+    "aiter_root": _missing_aiter_root,
 }
 
 
