@@ -3,8 +3,8 @@
     python triton_calls.py REQUEST RESULTS
 
 A process of its own, because Triton decides at import whether it interprets, and because the checkout's modules take the name of
-an installed AITER.  REQUEST is a torch file with the device, the arch that AITER is told, and the calls: an operator's name, and its
-arguments by name.  RESULTS gets for each call the operator's four results by name, and kv_cache.
+an installed AITER.  REQUEST is a torch file with the device, the arch that AITER is told, and the calls: an operator's name, and
+its arguments by name.  RESULTS gets for each call the operator's four results by name, and kv_cache.
 """
 
 import os
@@ -32,9 +32,9 @@ FORMATS = {
 def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
     """A numpy array of one float format in another, rounded to nearest even, as a GPU does.
 
-    Triton 3.6's interpreter cuts fp32 off when it converts to bf16.  To fp8 it rounds ties away from zero, and sets the carry out of
-    the fraction by an `or`, which loses it where the exponent is odd: 1.97 becomes 1.  A kernel that quantises its operands would be
-    compared with noise.
+    Triton 3.6's interpreter cuts fp32 off when it converts to bf16.  To fp8 it rounds ties away from zero, cuts subnormals off, and
+    puts the carry out of the fraction in place by an `or`, which loses it where the exponent is odd: 1.97 becomes 1.  With that a
+    kernel that quantises what it multiplies would be compared with noise.
     """
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     values = torch.tensor(data.view(f"i{data.itemsize}")).view(FORMATS[source.name])
