@@ -156,7 +156,7 @@ def model(call: Call, machine: Machine) -> dict[str, Bounded]:
 
 def rotated(call: Call, x: torch.Tensor, positions: torch.Tensor) -> Bounded:
     """x [rows,heads,R] times cos plus its turned copy times sin: in fp32 if an operand is that, else each step in the dtype."""
-    cos, sin = (call[name].reshape(MAX_POSITION, -1)[positions[: len(x)]][:, None] for name in ("cos", "sin"))
+    cos, sin = (call[name].reshape(len(call[name]), -1)[positions[: len(x)]][:, None] for name in ("cos", "sin"))
     dtype = torch.float32 if call.get("upcast_operand") else torch.promote_types(x.dtype, cos.dtype)
     cos, sin, x = cos.double(), sin.double(), x.double()
     if call["is_neox"]:

@@ -124,12 +124,12 @@ def test_the_model_explains_aiter(machine, sweep, results):
 @pytest.mark.host
 @pytest.mark.parametrize("machine", MACHINES)
 def test_mlagen_beside_the_operator_without_absorb(machine, results):
-    """mlagen's results lie where AITER's may, and are the same bits where neither rotates."""
+    """mlagen's results lie where AITER's may, and are the same where neither rotates nor divides: a GPU's division is not exact."""
     for call, given in results(machine, "beside mlagen"):
         ours = run_mlagen(call, find_machine(machine).device)
         assert not differences(call, {**given, **ours}, model(call, find_machine(machine))), describe(call)
         latent = call["q_nope"].shape[-1]
-        for name in ours:
+        for name in ("q_out", "kv_cache") if machine == "interpreter" else ("q_out",):
             assert torch.equal(*(each[name][..., :latent].double() for each in (ours, given))), (name, describe(call))
 
 
