@@ -72,8 +72,8 @@ def _missing_vllm() -> str:
 
 
 def _missing_aiter() -> str:
-    if not _installed("torch") or _missing_gpu():
-        return "gpu"
+    if word := _missing_gpu():
+        return word
     from mlagen.peers.aiter_hip import OPERATOR, missing_operator
     from mlagen.runtime import device_arch
     from mlagen.target import find_target
@@ -93,7 +93,7 @@ def _missing_triton() -> str:
 def _missing_interpreter() -> str:
     import numpy as np
 
-    # Triton 3.6's interpreter takes the one element of an array as an integer, which NumPy 2.4 refuses.
+    # Triton 3.6's interpreter takes an array of one element for an integer, which NumPy 2.4 refuses.
     return _missing_triton() or ("numpy" if np.lib.NumpyVersion(np.__version__) >= "2.4.0" else "")
 
 
