@@ -71,6 +71,32 @@ def _missing_vllm() -> str:
     return "" if _installed("vllm") else "vllm"
 
 
+def _missing_aiter() -> str:
+    if word := _missing_gpu():
+        return word
+    from mlagen.peers.aiter_hip import OPERATOR, missing_operator
+    from mlagen.runtime import device_arch
+    from mlagen.target import find_target
+
+    return missing_operator(find_target(device_arch(0)), "aiter", OPERATOR)
+
+
+def _missing_aiter_root() -> str:
+    root = os.environ.get("AITER_ROOT")
+    return "" if root and Path(root, "aiter").is_dir() else "AITER_ROOT"
+
+
+def _missing_triton() -> str:
+    return "" if _installed("triton") else "triton"
+
+
+def _missing_interpreter() -> str:
+    import numpy as np
+
+    # Triton 3.6's interpreter takes an array of one element for an integer, which NumPy 2.4 refuses.
+    return _missing_triton() or ("numpy" if np.lib.NumpyVersion(np.__version__) >= "2.4.0" else "")
+
+
 _MISSING: dict[str, Callable[[], str]] = {
     "compiler": _missing_compiler,
     "cuda": _missing_cuda,
@@ -78,6 +104,10 @@ _MISSING: dict[str, Callable[[], str]] = {
     "isa": _missing_isa,
     "gpu": _missing_gpu,
     "vllm": _missing_vllm,
+    "aiter": _missing_aiter,
+    "aiter_root": _missing_aiter_root,
+    "triton": _missing_triton,
+    "interpreter": _missing_interpreter,
 }
 
 

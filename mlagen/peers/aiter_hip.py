@@ -20,7 +20,8 @@ def missing_operator(target: Target, module: str, operator: str) -> str:
     """Why AITER's `operator` cannot run here.  It is known by its operators: PyPI has another package of the name aiter."""
     if target.platform != "amd":
         return "AMD-only"
-    if importlib.util.find_spec("aiter") is None:
+    found = importlib.util.find_spec("aiter")
+    if found is None or found.origin is None:  # a folder of that name, such as one that holds a checkout, is no package
         return "uninstalled"
     try:
         root = importlib.import_module("aiter")

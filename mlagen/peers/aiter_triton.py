@@ -9,14 +9,13 @@ import functools
 import importlib
 import itertools
 import os
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mlagen.peers.aiter_hip import missing_operator
+from mlagen.peers.aiter_source import WithoutOptions, import_from
 from mlagen.peers.peer import Peer
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
@@ -29,12 +28,6 @@ MODULE = "aiter.ops.triton.fusions.fused_bmm_rope_kv_cache"
 OPERATOR = "fused_fp8_bmm_rope_cat_and_cache_mla"
 KERNEL = "_fused_fp8_bmm_rope_cat_and_cache_mla_kernel"
 SOURCE = Path(*MODULE.split(".")).with_suffix(".py")
-
-# Packages whose own __init__ loads AITER's compiled operators, which are for AMD.
-_PACKAGES = ("aiter", "aiter.jit", "aiter.ops", "aiter.ops.triton")
-
-# Compile options that only Triton's AMD back end knows.
-_AMD_OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")
 
 _TOKENS, _COLUMNS, _WARPS = (16, 32, 64), (32, 64, 128), (4, 8)
 
@@ -62,32 +55,11 @@ def _misfit(spec: PrologueSpec, target: Target) -> str:
 
 
 @functools.cache
-def _from_source(root: str) -> Any:
-    """The operator of the AITER checkout at `root`, in packages that stand in for AITER's own as long as this process lives."""
-    for name in _PACKAGES:
-        package = types.ModuleType(name)
-        package.__path__ = [str(Path(root, *name.split(".")))]
-        sys.modules[name] = package
-    arch: Any = importlib.import_module("aiter.ops.triton.utils._triton.arch_info")
-    arch._CACHED_ARCH = "gfx942"  # it looks up what an architecture has, and knows AMD's only
-    module: Any = importlib.import_module(MODULE)
-    setattr(module, KERNEL, _WithoutOptions(getattr(module, KERNEL)))
+def from_checkout(root: str, arch: str = "gfx942") -> Any:
+    """The operator of the AITER checkout at `root`, on whatever GPU Triton compiles for; `arch` is what AITER takes it for."""
+    module = import_from(root, MODULE, arch)
+    setattr(module, KERNEL, WithoutOptions(getattr(module, KERNEL)))
     return getattr(module, OPERATOR)
-
-
-class _WithoutOptions:
-    """A Triton kernel that is not told AMD's options."""
-
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        launch = self._kernel[grid]
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            return launch(*arguments, **{name: value for name, value in options.items() if name not in _AMD_OPTIONS})
-
-        return call
 
 
 _Configurations = dict[str, dict[str, Any] | None]
@@ -111,7 +83,7 @@ def _candidates(workload: Workload) -> list[Candidate]:
         operator = getattr(importlib.import_module(MODULE), OPERATOR)
         configurations: _Configurations = {"aiter-triton": None}
     else:
-        operator = _from_source(os.environ["AITER_ROOT"])
+        operator = from_checkout(os.environ["AITER_ROOT"])
         configurations = _tiles(workload.tokens)
     fp8 = torch_dtype(workload.target.fp8)
     weights = [_quantized(w_uk, fp8) for w_uk in workload.w_uk]

@@ -178,6 +178,7 @@ HIP, TRITON = PEERS["bmm+aiter"], PEERS["aiter-triton"]
         pytest.param(AITER, "", "", id="AITER"),
         pytest.param({"aiter/__init__.py": "def anext(): ...\n"}, "unrelated", "unrelated", id="PyPI's aiter"),
         pytest.param({"aiter.py": ""}, "unrelated", "unrelated", id="a module"),
+        pytest.param({"aiter/setup.py": ""}, "uninstalled", "uninstalled", id="a folder"),
         pytest.param({"aiter/__init__.py": "", "aiter/ops/__init__.py": ""}, "outdated", "outdated", id="an AITER without them"),
         pytest.param({**AITER, "aiter/__init__.py": "raise OSError('no library')"}, "broken", "broken", id="it does not load"),
         pytest.param({**AITER, "aiter/__init__.py": "import no_such_module"}, "broken", "broken", id="it lacks a module"),
