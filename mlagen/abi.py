@@ -88,9 +88,11 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[A
         int64("q_out_head_stride", f"of {q.tensor}, in elements")
     if kv:
         pointer("slot_mapping", "const void", "[>= T], negative: leave the cache alone")
-        pointer(kv.tensor, kv.quantize.dtype.value.cpp, f"[blocks, block_size, {kv.width}]")
+        slots = "block_size *" if kv.segmented else "block_size,"
+        pointer(kv.tensor, kv.quantize.dtype.value.cpp, f"[blocks, {slots} {kv.width}]")
         int64("block_stride", f"of {kv.tensor}, in elements")
-        int64("entry_stride", "of a slot within its block, in elements")
+        if not kv.segmented:
+            int64("entry_stride", "of a slot within its block, in elements")
         int32("block_size", "slots of a block")
         arguments.append(Argument("block_reciprocal", "uint64", "uint64_t", "2^63 / block_size + 1: divides slots"))
         int32("slots_int64", "1: slot_mapping is int64, 0: int32")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlagen.cache_layout import slots_of_block
 from mlagen.dtypes import model_dtype
 from mlagen.errors import ArgumentError
 from mlagen.spec import PrologueSpec
@@ -155,11 +156,22 @@ class Checker:
         return tensor
 
     def cache(self, value: object) -> torch.Tensor:
-        """kv_cache [blocks, block_size, L+R]; uint8 is read as the arch's fp8."""
-        dtypes = (self.fp8, torch.uint8) if self.spec.kv_dtype == "fp8" else (self.model,)
-        cache = self.distinct_rows("kv_cache", self.tensor("kv_cache", value, (None, ">=1", self.spec.entry_dim), dtypes))
-        if cache.shape[0] * cache.shape[1] ** 2 >= RECIPROCAL_ONE:
-            raise ArgumentError(f"kv_cache: {cache.shape[0]} blocks of {cache.shape[1]} slots are more than the kernel can number")
+        """kv_cache [blocks, block_size, L+R], or [blocks, block_size * (L+R)] segmented; uint8 is read as the arch's fp8."""
+        spec = self.spec
+        dtypes = (self.fp8, torch.uint8) if spec.kv_dtype == "fp8" else (self.model,)
+        if spec.kv_layout == "segmented":
+            cache = self.tensor("kv_cache", value, (None, f">={spec.entry_dim}"), dtypes)
+            if cache.shape[1] % spec.entry_dim:
+                raise ArgumentError(
+                    f"kv_cache: shape {list(cache.shape)}, expected [blocks, block_size * {spec.entry_dim}]: a segmented block is "
+                    f"whole slots of {spec.lora_rank} latent and {spec.rope_dim} rotary columns"
+                )
+        else:
+            cache = self.tensor("kv_cache", value, (None, ">=1", spec.entry_dim), dtypes)
+        self.distinct_rows("kv_cache", cache)
+        block_size = slots_of_block(spec, cache.shape)
+        if cache.shape[0] * block_size**2 >= RECIPROCAL_ONE:
+            raise ArgumentError(f"kv_cache: {cache.shape[0]} blocks of {block_size} slots are more than the kernel can number")
         return cache
 
 
@@ -221,11 +233,12 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     for name in ("kv_c", "k_pe"):
         if name in views:
             values[f"{name}_token_stride"] = views[name][1].stride(0)
+    block_size = slots_of_block(spec, cache.shape)
     values |= {
         "block_stride": cache.stride(0),
         "entry_stride": cache.stride(1),
-        "block_size": cache.shape[1],
-        "block_reciprocal": RECIPROCAL_ONE // cache.shape[1] + 1,
+        "block_size": block_size,
+        "block_reciprocal": RECIPROCAL_ONE // block_size + 1,
         "slots_int64": int(slots.dtype is torch.int64),
     }
     pointers = {}
@@ -237,6 +250,8 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     strides = [stride * view.element_size() for _, view in map(views.__getitem__, wide) for stride in view.stride()[:-1]]
     if not spec.nope_first:  # the latent starts that far into a row, which must not take it off its alignment
         strides += [spec.rope_dim * views[name][1].element_size() for name in ("q_out", "kv_cache")]
+    if spec.kv_layout == "segmented":  # the rotary columns of a block's slots follow one another
+        strides.append(spec.rope_dim * cache.element_size())
     return Binding(tokens, values, pointers, wide, not any(stride % WIDE_BYTES for stride in strides))
 
 

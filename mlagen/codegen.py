@@ -98,6 +98,8 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
         parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
     if not spec.nope_first:
         parts.append("ropefirst")
+    if spec.kv_layout != "paged":
+        parts.append(spec.kv_layout)
     return "_".join([*parts, target.arch])
 
 
@@ -265,12 +267,12 @@ def _wgmma_operands(staging: Staging) -> Mapping[str, Any]:
     }
 
 
-def _sink_context(sink: Sink, lowered: Lowered) -> Mapping[str, str]:
+def _sink_context(sink: Sink, lowered: Lowered) -> Mapping[str, Any]:
     parts = sorted((segment for segment in lowered.segments if segment.sink == sink), key=lambda segment: segment.column)
     layout = ", ".join(
         f"columns {segment.column} to {segment.column + segment.width - 1} are {_value_name(segment)}" for segment in parts
     )
-    return {"tensor": sink.tensor, "cpp": sink.quantize.dtype.value.cpp, "layout": layout}
+    return {"tensor": sink.tensor, "cpp": sink.quantize.dtype.value.cpp, "layout": layout, "segmented": sink.segmented}
 
 
 def _value_name(segment: Segment) -> str:
@@ -296,12 +298,16 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
     steps.append(f"quantize to {out}" if out.is_fp8 else f"to {out}")
     columns = f"{segment.column}:{segment.column + segment.width}"
     place = f"{sink.tensor}[:, :, {columns}]" if by_head else f"{sink.tensor}[slot, {columns}]"
+    if sink.segmented:
+        place = f"{sink.tensor}[block, block_size * {segment.column} + place * {segment.width}:]"
     chain = " -> ".join([*steps, place])
     options = ""
     if out.is_fp8:
         options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {_float_literal(sink.quantize.limit)}"
     column = "column" if segment.column == 0 else f"{segment.column} + column"
     row = "q_out_row(args, token, head)" if by_head else "cache_entry(args, slot)"
+    if sink.segmented:
+        row, column = f"cache_part(args, slot, {segment.column}, {segment.width})", "column"
     rows = "uint32_t(args.tokens)" + (" * args.heads" if by_head else "")
     context: dict[str, Any] = {
         "name": segment.name,

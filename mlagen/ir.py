@@ -185,11 +185,16 @@ class Quantize(Stage):
 
 @dataclass(frozen=True)
 class CacheWrite(Stage):
-    """cache[slot_mapping[t], :] = x[t, :] where slot_mapping[t] >= 0; nothing at all where it is negative."""
+    """cache[slot_mapping[t], :] = x[t, :] where slot_mapping[t] >= 0; nothing at all where it is negative.
+
+    `layout` says how the entries lie in a block: None, one after the other; "segmented", the columns of the first part of the row
+    that `x` was made of for all slots, then those of the second part.
+    """
 
     x: str
     cache: str
     slot_mapping: str
+    layout: str | None = None
 
     template: ClassVar[str] = "cache_write"
 
@@ -204,6 +209,8 @@ class CacheWrite(Stage):
             raise self.reject(f"{self.x} {x} does not fill the entries of {self.cache} {cache}")
         if x.dtype != cache.dtype:
             raise self.reject(f"{self.x} is {x.dtype} and {self.cache} is {cache.dtype}: Quantize comes before CacheWrite")
+        if self.layout not in (None, "segmented"):
+            raise self.reject(f"layout {self.layout!r} is not None or segmented")
         return cache
 
 
@@ -256,7 +263,8 @@ class Program:
         lines = [f"program {self.name}"]
         lines += [f"  input  {name:<{width}} : {tensor}" for name, tensor in self.inputs]
         for stage in self.stages:
-            options = [f"{key}={value}" for key in ("style", "fp8_max") if (value := getattr(stage, key, None)) is not None]
+            named = ((key, getattr(stage, key, None)) for key in ("style", "fp8_max", "layout"))
+            options = [f"{key}={value}" for key, value in named if value is not None]
             call = f"{stage.template}({', '.join([*stage.operands, *options])})"
             lines.append(f"         {stage.output:<{width}} = {call} : {types[stage.output]}")
         lines.append(f"  result {', '.join(self.results)}")

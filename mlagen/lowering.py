@@ -25,6 +25,11 @@ class Sink:
     quantize: Quantize
     cache_write: CacheWrite | None
 
+    @property
+    def segmented(self) -> bool:
+        """Whether a block of the cache holds a part of the row for all of its slots, and then the next part."""
+        return self.cache_write is not None and self.cache_write.layout == "segmented"
+
 
 @dataclass(frozen=True)
 class Segment:

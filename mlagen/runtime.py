@@ -10,6 +10,7 @@ import torch
 
 from mlagen.arguments import TENSORS, Checker, bind
 from mlagen.binaries import BundlePath, device_binary, host_library
+from mlagen.cache_layout import slots_of_block
 from mlagen.codegen import GeneratedKernel, generate
 from mlagen.errors import ArgumentError, MlagenError, TargetError
 from mlagen.layout import Layout
@@ -111,7 +112,8 @@ class Kernel:
 
         q [T,H,P+R] or the pair q_nope [T,H,P], q_pe [T,H,R]; kv_c [T,L]; k_pe [T,R] or [T,1,R]: the model's dtype, unit last
         stride, other strides free.  packed: what pack_weights gave, None where weight="none".  kv_cache [blocks, block_size, L+R]:
-        the model's dtype, the arch's fp8, or uint8 seen as that.  slot_mapping [>= T], positions [T]: int64 or int32; a negative
+        the model's dtype, the arch's fp8, or uint8 seen as that; with kv_layout="segmented" [blocks, block_size * (L+R)], a block
+        the latent columns of its slots and then their rotary ones.  slot_mapping [>= T], positions [T]: int64 or int32; a negative
         slot leaves the cache alone, a position is clamped to the table.  The rows of q_out and of the cache are [latent | rotary],
         or [rotary | latent] where the spec has nope_first=False.  cos_sin_cache [max_position, R] = [cos | sin], or the pair
         (cos, sin) [max_position, R/2] each: the model's dtype or fp32.  q_scale, k_scale: fp32, 0-dim or [1], on the device,
@@ -182,7 +184,7 @@ class Kernel:
 
     def _check_slots(self, slots: torch.Tensor, kv_cache: torch.Tensor) -> None:
         """On the CPU a slot outside the cache is found before it is written; a GPU launch cannot look without waiting."""
-        capacity, largest = kv_cache.shape[0] * kv_cache.shape[1], int(slots.max())
+        capacity, largest = kv_cache.shape[0] * slots_of_block(self.spec, kv_cache.shape), int(slots.max())
         if largest >= capacity:
             raise ArgumentError(f"slot_mapping: slot {largest}, but kv_cache {list(kv_cache.shape)} has slots 0 to {capacity - 1}")
 

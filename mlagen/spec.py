@@ -12,6 +12,7 @@ from mlagen.target import Target
 
 ROPE_STYLES = ("none", "gptj", "neox")
 ROUNDINGS = ("fused", "stepwise")
+KV_LAYOUTS = ("paged", "segmented")
 MAX_NOPE_DIM, MAX_LORA_RANK, MAX_ROPE_DIM, MAX_HEADS = 512, 2048, 512, 4096
 
 
@@ -27,6 +28,8 @@ class PrologueSpec:
     final conversion, "stepwise" rounds to the model dtype where separate operators would.  fp8_max lowers the magnitude at which
     fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.  nope_first: in the rows of both outputs the L latent
     columns come before the R rotary ones; False is the other way round.
+    kv_layout: "paged", where the entries of a block follow one another; "segmented", the pages of AITER's `_seg` operators, flat
+    [blocks, block_size * (L+R)]: the latent columns of all slots of a block, then the rotary columns of all.
 
     Raises SpecError, naming the field, what it was and what it may be.
     """
@@ -43,6 +46,7 @@ class PrologueSpec:
     rounding: str = "fused"
     fp8_max: float | None = None
     nope_first: bool = True
+    kv_layout: str = "paged"
 
     def __post_init__(self) -> None:
         model_dtype(self.dtype)
@@ -67,6 +71,10 @@ class PrologueSpec:
             raise SpecError(f"nope_first={self.nope_first!r}: must be True or False")
         if self.rope_dim == 0:
             object.__setattr__(self, "nope_first", True)  # one part has no order: it is the same kernel
+        self._check_choice("kv_layout", KV_LAYOUTS)
+        if self.kv_layout != "paged" and not self.nope_first:
+            reason = "this layout has the latent columns first; leave nope_first out, or use kv_layout='paged'"
+            raise SpecError(f"kv_layout={self.kv_layout!r} with nope_first=False: {reason}")
 
     def _limit(self) -> float:
         """fp8_max, checked: a limit that fp8 does not hold would itself be rounded, perhaps upwards."""
@@ -104,6 +112,7 @@ class PrologueSpec:
         rounding: str = "fused",
         fp8_max: float | None = None,
         nope_first: bool = True,
+        kv_layout: str = "paged",
     ) -> "PrologueSpec":
         """The spec of a preset, of a config.json, or of a directory that holds one, on one of `tp` ranks.
 
@@ -123,6 +132,7 @@ class PrologueSpec:
             rounding=rounding,
             fp8_max=fp8_max,
             nope_first=nope_first,
+            kv_layout=kv_layout,
         )
 
     @property
@@ -200,7 +210,8 @@ class PrologueSpec:
         entry = row("kv_entry", take("kv_c", ("T", self.lora_rank), dtype), "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")
         slots = take("slot_mapping", ("T",), DType.INT64)
         cache = take("kv_cache", ("N", self.entry_dim), self.output_dtype(self.kv_dtype, target))
-        written = add(CacheWrite("kv_cache_written", entry, cache, slots))
+        layout = None if self.kv_layout == "paged" else self.kv_layout
+        written = add(CacheWrite("kv_cache_written", entry, cache, slots, layout))
         program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), (q_out, written))
         program.verify()
         return program

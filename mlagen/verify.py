@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlagen.cache_layout import cache_shape, entries, written
 from mlagen.dtypes import model_dtype
 from mlagen.errors import VerificationError
 from mlagen.guarded import Guarded
@@ -101,8 +102,9 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     width = spec.entry_dim
     rows = spec.heads + 1  # head room: heads that the kernel must leave alone
     q_out = Guarded((tokens, rows, width), (rows * width, width, 1), q_dtype, device)
-    block_stride = BLOCK_SIZE * width + 64
-    kv_cache = Guarded((blocks, BLOCK_SIZE, width), (block_stride, width, 1), kv_dtype, device)
+    shape = cache_shape(spec, blocks, BLOCK_SIZE)
+    strides = (shape[1] + 64, 1) if len(shape) == 2 else (shape[1] * width + 64, width, 1)
+    kv_cache = Guarded(shape, strides, kv_dtype, device)
     return Case(inputs, q_out, kv_cache)
 
 
@@ -123,14 +125,12 @@ def compare_case(spec: PrologueSpec, target: Target, case: Case) -> list[Compari
     slots = case.inputs["slot_mapping"]
     kept = slots >= 0
     q_out, cache = case.q_out.tensor.cpu(), case.kv_cache.tensor.cpu()
-    block, place = slots[kept] // cache.shape[1], slots[kept] % cache.shape[1]
-    cache_written = torch.zeros(cache.shape, dtype=torch.bool)
-    cache_written[block, place] = True
     q_written = torch.zeros(q_out.shape, dtype=torch.bool)
     q_written[:, : spec.heads] = True
-    q_stray, kv_stray = case.q_out.stray_bytes(q_written), case.kv_cache.stray_bytes(cache_written)
+    q_stray, kv_stray = case.q_out.stray_bytes(q_written), case.kv_cache.stray_bytes(written(spec, cache, slots[kept]))
     kept_entry = entry.map(lambda end: end[kept])
-    return compare_outputs(spec, q, kept_entry, q_out[:, : spec.heads], cache[block, place], q_stray=q_stray, kv_stray=kv_stray)
+    found = entries(spec, cache, slots[kept])
+    return compare_outputs(spec, q, kept_entry, q_out[:, : spec.heads], found, q_stray=q_stray, kv_stray=kv_stray)
 
 
 def compare_outputs(

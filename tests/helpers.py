@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mlagen import toolchain, verify
+from mlagen.cache_layout import cache_shape
 from mlagen.codegen import GeneratedKernel
 from mlagen.drivers.host import HostModule
 from mlagen.guarded import Guarded
@@ -150,11 +151,15 @@ def _query_output(kernel: Kernel, workload: Workload) -> Guarded:
 
 def _cache(kernel: Kernel, workload: Workload, blocks: int) -> Guarded:
     spec, size, width = kernel.spec, workload.block_size, kernel.spec.entry_dim
+    dtype = torch_dtype(spec.output_dtype(spec.kv_dtype, kernel.target))
+    if spec.kv_layout == "segmented":
+        shape = cache_shape(spec, blocks, size)
+        gap = {"dense": 0, "padded": 11, "interleaved": 16}[workload.cache]  # what is inside a block cannot be elsewhere
+        return Guarded(shape, (shape[1] + gap, 1), dtype, kernel.device)
     entry = width + (7 if workload.cache == "padded" else 0)
     strides = (size * entry + (11 if workload.cache == "padded" else 0), entry, 1)
     if workload.cache == "interleaved":
         strides = (entry, blocks * entry, 1)
-    dtype = torch_dtype(spec.output_dtype(spec.kv_dtype, kernel.target))
     return Guarded((blocks, size, width), strides, dtype, kernel.device)
 
 

@@ -1,9 +1,11 @@
 """AITER's decode prologue on mlagen's kernels: replace the import, and nothing else.
 
-    from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla
+    from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla, fused_qk_rope_concat_and_cache_mla_seg
 
-The signature is that of ROCm/aiter at commit e404860, aiter/ops/cache.py.
+The signatures are those of ROCm/aiter at commit e404860, aiter/ops/cache.py.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -75,32 +77,92 @@ def fused_qk_rope_concat_and_cache_mla(
     - Addresses have 64 bits; AITER's strides have 32.
     - What AITER refuses: a uint8 cache, and an fp8 q_out beside a cache that is not.
 
-    AITER also takes fp32, and several KV heads with rows of their own; mlagen does not, and neither is the segmented cache of
-    AITER's fused_qk_rope_concat_and_cache_mla_seg here.  Raises ArgumentError, naming the argument, what it was and what it may
-    be, before anything is launched, and what mlagen.load raises.
+    AITER also takes fp32, and several KV heads with rows of their own; mlagen does not.  Raises ArgumentError, naming the argument,
+    what it was and what it may be, before anything is launched, and what mlagen.load raises.
     """
-    given = (
-        *(q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale),
-        *(positions, cos_cache, sin_cache),
+    _run(
+        (
+            *(q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale),
+            *(positions, cos_cache, sin_cache),
+        ),
+        is_neox=bool(is_neox),
+        is_nope_first=bool(is_nope_first),
     )
-    if {*map(type, given)} != {torch.Tensor}:  # a subclass, or something else
-        for name, value in zip(_TENSORS, given, strict=True):
+
+
+def fused_qk_rope_concat_and_cache_mla_seg(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    q_out: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor,
+    q_scale: torch.Tensor,
+    positions: torch.Tensor,
+    cos_cache: torch.Tensor,
+    sin_cache: torch.Tensor,
+    is_neox: bool,
+    is_nope_first: bool = True,
+) -> None:
+    """The same with the segmented cache: a page holds the latent columns of all its slots, then their rotary columns.
+
+    kv_cache [pages, page_size * (L+R)], flat; the other dimensions may be any that lie in a page without gaps.  q_out
+    [T, H' >= H, >= L+R]: [L | R | what was there].  is_nope_first is True; AITER takes nothing else either.  The other arguments
+    are those of fused_qk_rope_concat_and_cache_mla, and so are the launch and what the CPU runs.
+
+    The results are AITER's bit for bit, but where AITER's are a defect:
+
+    - Every row of q_out is written.  AITER leaves those of negative slots as they were.
+    - Finite values saturate in the rotary columns too; in AITER's they overflow to NaN.  NaN stays NaN.
+    - slot_mapping and positions may be int32; AITER reads any tensor as int64.
+    - Positions are clamped to the table; in AITER not at all.
+    - cos_cache and sin_cache may be fp32; AITER reads them as q_nope's dtype.
+    - What AITER refuses: widths other than L = 512 and R = 64, pages of other than 64 slots, a q_out or a cache of q_nope's dtype,
+      and a uint8 cache.  The page's size is the width of kv_cache over L+R.
+
+    Raises as fused_qk_rope_concat_and_cache_mla does.
+    """
+    _run(
+        (
+            *(q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale),
+            *(positions, cos_cache, sin_cache),
+        ),
+        is_neox=bool(is_neox),
+        is_nope_first=bool(is_nope_first),
+        kv_layout="segmented",
+    )
+
+
+def _run(tensors: Sequence[torch.Tensor], *, is_neox: bool, is_nope_first: bool, kv_layout: str = "paged") -> None:
+    """A call with the tensors in the order of _TENSORS."""
+    if {*map(type, tensors)} != {torch.Tensor}:  # a subclass, or something else
+        for name, value in zip(_TENSORS, tensors, strict=True):
             if not isinstance(value, torch.Tensor):
                 raise ArgumentError(f"{name}: expected a tensor, got {type(value).__name__}")
+    q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale, positions, cos_cache, sin_cache = tensors
     key = (
         *(q_nope.dtype, q_nope.shape[1:], k_pe.shape[-1:], kv_cache.dtype, q_out.dtype, q_nope.device),
-        *(bool(is_neox), bool(is_nope_first)),
+        *(is_neox, is_nope_first, kv_layout),
     )
     kernel = _KERNELS.get(key)
     if kernel is None:
-        kernel = _KERNELS[key] = _load(q_nope, k_pe, kv_cache, q_out, is_neox=bool(is_neox), is_nope_first=bool(is_nope_first))
+        kernel = _KERNELS[key] = _load(
+            q_nope, k_pe, kv_cache, q_out, is_neox=is_neox, is_nope_first=is_nope_first, kv_layout=kv_layout
+        )
     spec = kernel.spec
 
     if kv_c.ndim != 2:
         kv_c = _one_head("kv_c", kv_c, 1, "T", spec.lora_rank)
     if k_pe.ndim != 2:
         k_pe = _one_head("k_pe", k_pe, 1, "T", spec.rope_dim)
-    if kv_cache.ndim != 3:
+    if kv_layout == "segmented":
+        if kv_cache.ndim != 2:
+            kv_cache = _flat("kv_cache", kv_cache)
+        if q_out.ndim == 3 and q_out.shape[2] > spec.entry_dim:
+            q_out = q_out[..., : spec.entry_dim]
+    elif kv_cache.ndim != 3:
         kv_cache = _one_head("kv_cache", kv_cache, 2, "blocks, block_size", spec.entry_dim)
     if slot_mapping.ndim != 1:
         raise ArgumentError(f"slot_mapping: shape {list(slot_mapping.shape)}, expected [T]")
@@ -125,8 +187,9 @@ def fused_qk_rope_concat_and_cache_mla(
 
 
 def _load(
-    q_nope: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, q_out: torch.Tensor, *, is_neox: bool, is_nope_first: bool
-) -> Kernel:
+    q_nope: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, q_out: torch.Tensor,
+    *, is_neox: bool, is_nope_first: bool, kv_layout: str,
+) -> Kernel:  # fmt: skip
     """The kernel for tensors like these."""
     if q_nope.dtype not in _MODEL:
         raise ArgumentError(f"q_nope: dtype {_name(q_nope.dtype)}, expected {' or '.join(map(_name, _MODEL))}")
@@ -155,8 +218,11 @@ def _load(
             q_dtype=dtypes["q_out"],
             kv_dtype=dtypes["kv_cache"],
             nope_first=is_nope_first,
+            kv_layout=kv_layout,
         )
     except SpecError as error:
+        if str(error).startswith("kv_layout"):
+            raise ArgumentError("is_nope_first: False, expected True: a segmented page has the latent columns first") from None
         name, tensor = ("k_pe", k_pe) if str(error).startswith("rope_dim") else ("q_nope", q_nope)
         raise ArgumentError(f"{name}: shape {list(tensor.shape)}, {error}") from None
     arch = None
@@ -170,6 +236,16 @@ def _one_head(name: str, tensor: torch.Tensor, axis: int, rows: str, width: int)
     if tensor.dim() == axis + 2 and tensor.shape[axis] == 1:
         return tensor.select(axis, 0)
     raise ArgumentError(f"{name}: shape {list(tensor.shape)}, expected [{rows}, {width}] or [{rows}, 1, {width}]: one KV head")
+
+
+def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with all dimensions after the first in one, in the same memory."""
+    try:
+        return tensor.view(tensor.shape[0], -1)
+    except (RuntimeError, IndexError):
+        raise ArgumentError(
+            f"{name}: shape {list(tensor.shape)}, strides {list(tensor.stride())}, expected [pages, page_size * (L+R)] without gaps"
+        ) from None
 
 
 def _rows(tensor: torch.Tensor, tokens: int) -> torch.Tensor:

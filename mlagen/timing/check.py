@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlagen.cache_layout import entries
 from mlagen.dtypes import model_dtype
 from mlagen.ir import Quantize
 from mlagen.reference import Bounded, evaluate
@@ -52,8 +53,7 @@ class Oracle:
 
     def entries(self) -> torch.Tensor:
         """[T, L+R]: the cache's rows at the workload's slots, in the cache's dtype."""
-        cache = self.workload.caches[self.layer]
-        return cache.view(torch.uint8)[self.workload.slot_mapping].view(cache.dtype)  # as bytes: not every index takes fp8
+        return entries(self.workload.spec, self.workload.paged(self.layer), self.workload.slot_mapping)
 
 
 Check = Callable[[Oracle, torch.Tensor], str]

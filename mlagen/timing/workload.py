@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlagen.cache_layout import cache_shape
 from mlagen.dtypes import model_dtype
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
@@ -30,7 +31,8 @@ class Workload:
 
     q [T,H,P+R] (or [T,H,L+R] where the spec does not absorb), kv_c [T,L], k_pe [T,R] and cos_sin_cache [MAX_POSITION,R] in the
     model's dtype; w_uk: for each layer [H,P,L], none where the spec does not absorb; caches: for each layer [slots, L+R] in the
-    cache's dtype; slot_mapping and positions int64 [T], every slot another and none negative; q_scale and k_scale fp32 [1].
+    cache's dtype, which paged() sees as blocks; slot_mapping and positions int64 [T], every slot another and none negative;
+    q_scale and k_scale fp32 [1].
     """
 
     spec: PrologueSpec
@@ -68,6 +70,11 @@ class Workload:
     def q_dtype(self) -> torch.dtype:
         """Of q_out."""
         return torch_dtype(self.spec.output_dtype(self.spec.q_dtype, self.target))
+
+    def paged(self, layer: int) -> torch.Tensor:
+        """A layer's cache in blocks of BLOCK_SIZE slots, in the spec's layout; the same memory."""
+        cache = self.caches[layer]
+        return cache.view(cache_shape(self.spec, len(cache) // BLOCK_SIZE, BLOCK_SIZE))
 
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An output [T,H,width] to write to."""

@@ -77,6 +77,7 @@ class TestInputs:
             {"rounding": "stepwise"},
             {"fp8_max": 224.0},
             {"nope_first": False},
+            {"kv_layout": "segmented"},
         ],
         ids=lambda change: next(iter(change)),
     )

@@ -28,6 +28,7 @@ SPECS = {
     "same": small_spec(q_dtype="bf16", kv_dtype="bf16", rope_style="none"),
     "fp16": small_spec(dtype="fp16", q_dtype="fp16"),
     "rope first": small_spec(nope_first=False),
+    "segmented": small_spec(kv_layout="segmented"),
 }
 
 # Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
@@ -86,6 +87,10 @@ MUTATIONS = (
     ),
     Mutation("column offset", "cache_entry(args, slot) + 96 + column", "cache_entry(args, slot) + 94 + column"),
     Mutation("rope before nope in the cache", "cache_entry(args, slot) + 96 + column", "cache_entry(args, slot) + column"),
+    Mutation("segments of all blocks together", "int64_t(args.block_size) * before", "before", spec="segmented"),
+    Mutation("segmented entries", "before + place * width", "before + place * 128", spec="segmented"),
+    Mutation("segments of another width", "cache_part(args, slot, 96, 32)", "cache_part(args, slot, 96, 16)", spec="segmented"),
+    Mutation("segments before the first", "cache_part(args, slot, 0, 96)", "cache_part(args, slot, 32, 96)", spec="segmented"),
     # rows
     Mutation("head and token exchanged", "token = row / heads, head = row % heads", "token = row % heads, head = row / heads"),
     Mutation("last row forgotten", "if (row >= uint32_t(args.tokens)) return;", "if (row + 1 >= uint32_t(args.tokens)) return;"),

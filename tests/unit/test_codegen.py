@@ -48,6 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "largest": {"heads": 4096, "nope_dim": 512, "lora_rank": 2048, "rope_dim": 512},
     "limit": {"fp8_max": 224.0},
     "rope first": {"nope_first": False},
+    "segmented": {"kv_layout": "segmented"},
+    "segmented, copied": {"kv_layout": "segmented", "kv_dtype": "bf16", "rope_style": "none"},
+    "segmented, no rope": {"kv_layout": "segmented", "rope_style": "none", "rope_dim": 0},
     "rope first, absorbed": {"nope_first": False, "weight": "none", "rope_style": "neox", "q_dtype": "bf16"},
 }
 

@@ -112,6 +112,7 @@ REJECTED = {
     "an input as result": (program(results=["q_out", "written", "q_pe"]), None, "'q_pe' is no stage's output"),
     "a stage for nothing": (program(results=["q_out"]), None, "'written' is never read"),
     "an input for nothing": (program(Q_STAGES, ["q_out"], kv_c=INPUTS["kv_c"]), None, "'kv_c' is never read"),
+    "a layout of nobody": (changed(WRITE, layout="flat"), "CacheWrite 'written'", "layout 'flat'"),
     # QAbsorb
     "w_uk without heads": (program(w_uk=tensor(128, 512)), "QAbsorb 'ql_nope'", "w_uk [H,P,L]"),
     "q_nope without heads": (program(q_nope=tensor("T", 128)), "QAbsorb 'ql_nope'", "q_nope [T,H,P]"),

@@ -31,6 +31,7 @@ SPECS = {
     "limited": small_spec(fp8_max=224.0),
     "rope first": small_spec(nope_first=False),
 }
+SEGMENTED = small_spec(kv_layout="segmented", lora_rank=128)
 POWERS_OF_TWO = small_spec(lora_rank=128)
 
 
@@ -41,6 +42,12 @@ POWERS_OF_TWO = small_spec(lora_rank=128)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_eager_operators_are_right(spec, arch):
     assert not measured("eager", spec, arch).failures
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "bmm"])
+def test_no_peer_has_a_segmented_cache(name):
+    for arch in ("gfx950", "sm_90"):
+        assert PEERS[name].misfit(SEGMENTED, TARGETS[arch]) == "its cache is paged"
 
 
 def test_the_product_is_right():

@@ -241,6 +241,23 @@ class TestAlignment:
         kernel(**call)
         assert (len(aligned.launches), len(other.launches)) == ((1, 0) if is_aligned else (0, 1))
 
+    @pytest.mark.parametrize(("rope_dim", "kv_dtype", "is_aligned"), [(16, "fp8", True), (8, "fp8", False), (8, "bf16", True)])
+    def test_where_the_rotary_columns_of_a_segmented_block_lie(self, rope_dim, kv_dtype, is_aligned):
+        """A block of 16 slots is aligned; from slot to slot it is R elements."""
+        types = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+        spec = replace(SPEC, rope_dim=rope_dim, kv_dtype=kv_dtype, kv_layout="segmented")
+        kernel, aligned, other = make_kernel("sm_90", spec)
+        call = make_call(
+            kernel,
+            q=torch.zeros(3, spec.heads, 32 + rope_dim, dtype=torch.bfloat16),
+            k_pe=torch.zeros(3, rope_dim, dtype=torch.bfloat16),
+            kv_cache=torch.zeros(8, 16 * (64 + rope_dim), dtype=types[kv_dtype]),
+            cos_sin_cache=torch.zeros(100, 16)[:, :rope_dim],
+            out=torch.zeros(3, spec.heads, 80, dtype=torch.float8_e4m3fn)[..., : 64 + rope_dim],
+        )
+        kernel(**call)
+        assert (len(aligned.launches), len(other.launches)) == ((1, 0) if is_aligned else (0, 1))
+
     @pytest.mark.parametrize("name", ["slot_mapping", "positions", "q_scale", "k_scale"])
     def test_what_is_read_one_by_one_may_start_anywhere(self, name):
         kernel, aligned, _ = make_kernel("sm_90")

@@ -46,6 +46,9 @@ def test_what_is_filled_in():
         {"fp8_max": 224},
         {"fp8_max": 0.5, "kv_dtype": "bf16"},
         {"nope_first": False, "rope_dim": 2},
+        {"kv_layout": "segmented"},
+        {"kv_layout": "segmented", "lora_rank": 16, "rope_dim": 2, "kv_dtype": "bf16"},
+        {"kv_layout": "segmented", "rope_dim": 0, "rope_style": "none", "nope_first": False},
     ],
     ids=str,
 )
@@ -93,6 +96,9 @@ REFUSED = [
     ({"fp8_max": 224, "q_dtype": "bf16", "kv_dtype": "bf16"}, "fp8_max=224", "without an fp8 output"),
     ({"nope_first": None}, "nope_first=None", "True or False"),
     ({"nope_first": 0}, "nope_first=0", "True or False"),
+    ({"kv_layout": "flat"}, "kv_layout='flat'", "paged, segmented"),
+    ({"kv_layout": None}, "kv_layout=None", "paged, segmented"),
+    ({"kv_layout": "segmented", "nope_first": False}, "kv_layout='segmented' with nope_first=False", "the latent columns first"),
 ]
 
 
@@ -129,6 +135,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
+    kv_layout=field("paged", "segmented"),
     arch=st.sampled_from(list(TARGETS)),
 )
 def test_anything_is_a_kernel_or_a_spec_error(arch, **fields):
@@ -155,6 +162,7 @@ def test_from_model():
     assert PrologueSpec.from_model("deepseek-r1", tp=8, **options) == spec(**options)
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
+    assert PrologueSpec.from_model("deepseek-r1", tp=8, kv_layout="segmented") == spec(kv_layout="segmented")
 
 
 def test_a_spec_is_a_value():
@@ -202,6 +210,7 @@ def test_without_rope_nothing_of_it_is_left():
         {"fp8_max": 224.0},
         {"fp8_max": 0.5},
         {"nope_first": False},
+        {"kv_layout": "segmented"},
     ],
     ids=str,
 )
@@ -260,6 +269,7 @@ def test_the_name_of_the_usual_order_says_nothing_of_it():
     name = "mla_prologue_p128_wbf16_l512_r64_gptj_bf16_qfp8_kvfp8_fused"
     assert kernel_name(spec(), find_target("gfx950")) == f"{name}_gfx950"
     assert kernel_name(spec(nope_first=False), find_target("gfx950")) == f"{name}_ropefirst_gfx950"
+    assert kernel_name(spec(kv_layout="segmented"), find_target("gfx950")) == f"{name}_segmented_gfx950"
 
 
 def test_kernels_that_coincide_share_a_name():
