@@ -68,8 +68,8 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[A
         else:
             int32("row_workgroups", "those before the first that absorbs")
     for sink in (q, kv):
-        if sink and sink.quantize.scale:
-            pointer(sink.quantize.scale, "const float", "[1], dequantisation scale")
+        if sink and sink.scale:
+            pointer(sink.scale, "const float", "[1], dequantisation scale")
     if lowered.ropes:
         pointer("positions", "const void", "[T]")
         pointer("cos", "const void", "[max_position, R/2]")
@@ -89,7 +89,7 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[A
     if kv:
         pointer("slot_mapping", "const void", "[>= T], negative: leave the cache alone")
         slots = "block_size *" if kv.segmented else "block_size,"
-        pointer(kv.tensor, kv.quantize.dtype.value.cpp, f"[blocks, {slots} {kv.width}]")
+        pointer(kv.tensor, kv.stored.value.cpp, f"[blocks, {slots} {kv.width}]")
         int64("block_stride", f"of {kv.tensor}, in elements")
         if not kv.segmented:
             int64("entry_stride", "of a slot within its block, in elements")

@@ -156,9 +156,11 @@ class Checker:
         return tensor
 
     def cache(self, value: object) -> torch.Tensor:
-        """kv_cache [blocks, block_size, L+R], or [blocks, block_size * (L+R)] segmented; uint8 is read as the arch's fp8."""
+        """kv_cache [blocks, block_size, L+R], or as the spec's layout has it; uint8 is read as the arch's fp8."""
         spec = self.spec
-        dtypes = (self.fp8, torch.uint8) if spec.kv_dtype == "fp8" else (self.model,)
+        dtypes: tuple[torch.dtype, ...] = (self.fp8, torch.uint8) if spec.kv_dtype == "fp8" else (self.model,)
+        if spec.kv_layout == "fp8_ds_mla":
+            dtypes = (torch.uint8,)
         if spec.kv_layout == "segmented":
             cache = self.tensor("kv_cache", value, (None, f">={spec.entry_dim}"), dtypes)
             if cache.shape[1] % spec.entry_dim:
@@ -167,7 +169,7 @@ class Checker:
                     f"whole slots of {spec.lora_rank} latent and {spec.rope_dim} rotary columns"
                 )
         else:
-            cache = self.tensor("kv_cache", value, (None, ">=1", spec.entry_dim), dtypes)
+            cache = self.tensor("kv_cache", value, (None, ">=1", spec.cache_width), dtypes)
         self.distinct_rows("kv_cache", cache)
         block_size = slots_of_block(spec, cache.shape)
         if cache.shape[0] * block_size**2 >= RECIPROCAL_ONE:
@@ -252,6 +254,8 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
         strides += [spec.rope_dim * views[name][1].element_size() for name in ("q_out", "kv_cache")]
     if spec.kv_layout == "segmented":  # the rotary columns of a block's slots follow one another
         strides.append(spec.rope_dim * cache.element_size())
+    if spec.kv_layout == "fp8_ds_mla" and spec.rope_dim:
+        strides.append(spec.rotary_byte)
     return Binding(tokens, values, pointers, wide, not any(stride % WIDE_BYTES for stride in strides))
 
 

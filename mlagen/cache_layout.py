@@ -4,14 +4,17 @@ from collections.abc import Sequence
 
 import torch
 
+from mlagen.dtypes import DType, model_dtype
 from mlagen.spec import PrologueSpec
+from mlagen.target import Target
+from mlagen.torch_types import torch_dtype
 
 
 def cache_shape(spec: PrologueSpec, blocks: int, block_size: int) -> tuple[int, ...]:
     """Shape of a cache of `blocks` times `block_size` slots."""
     if spec.kv_layout == "segmented":
         return (blocks, block_size * spec.entry_dim)
-    return (blocks, block_size, spec.entry_dim)
+    return (blocks, block_size, spec.cache_width)
 
 
 def slots_of_block(spec: PrologueSpec, shape: Sequence[int]) -> int:
@@ -24,12 +27,13 @@ def parts(spec: PrologueSpec, cache: torch.Tensor) -> list[torch.Tensor]:
     if spec.kv_layout != "segmented":
         return [cache]
     size = slots_of_block(spec, cache.shape)
-    held = cache.split([size * spec.lora_rank, size * spec.rope_dim], 1)
-    return [part.unflatten(1, (size, width)) for part, width in zip(held, (spec.lora_rank, spec.rope_dim), strict=True)]
+    held = cache.tensor_split((size * spec.lora_rank,), 1)
+    widths = (spec.lora_rank, spec.rope_dim)
+    return [part.as_strided((len(part), size, width), (part.stride(0), width, 1)) for part, width in zip(held, widths, strict=True)]
 
 
 def entries(spec: PrologueSpec, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """[slots, L+R]: the entries of the given slots, none of them negative, on the cache's device."""
+    """[slots, L+R], or bytes of fp8_ds_mla: the entries of the given slots, none of them negative, on the cache's device."""
     block, place = slots // slots_of_block(spec, cache.shape), slots % slots_of_block(spec, cache.shape)
     views = parts(spec, cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache)  # not every index takes fp8
     return torch.cat([view[block, place] for view in views], -1).view(cache.dtype)
@@ -42,3 +46,13 @@ def written(spec: PrologueSpec, cache: torch.Tensor, slots: torch.Tensor) -> tor
     for view in parts(spec, mask):
         view[block, place] = True
     return mask
+
+
+def values(spec: PrologueSpec, target: Target, rows: torch.Tensor) -> torch.Tensor:
+    """Entries as numbers: those of fp8_ds_mla [slots, L + L/128 + R] in fp64, codes, scales and rotary; others as they are."""
+    if spec.kv_layout != "fp8_ds_mla":
+        return rows
+    places = (spec.lora_rank, spec.rotary_byte)
+    dtypes = (target.fp8, DType.FP32, model_dtype(spec.dtype))
+    held = zip(rows.tensor_split(places, -1), dtypes, strict=True)
+    return torch.cat([each.contiguous().view(torch_dtype(dtype)).double() for each, dtype in held], -1)

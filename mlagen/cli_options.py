@@ -24,7 +24,7 @@ Fp8Max = Annotated[float | None, typer.Option("--fp8-max", help="Saturate fp8 be
 RopeFirst = Annotated[
     bool, typer.Option("--rope-first", help="The rotary columns before the latent ones in q_out and in the cache.")
 ]
-KvLayout = Annotated[str, typer.Option("--kv-layout", help="paged, or segmented: AITER's pages, latent columns before rotary.")]
+KvLayout = Annotated[str, typer.Option("--kv-layout", help="paged; segmented: AITER's pages; fp8_ds_mla: vLLM's, with scales.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

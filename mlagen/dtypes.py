@@ -30,6 +30,7 @@ class DType(enum.Enum):
     FP32 = Format("fp32", 32, "float", "float32", float.fromhex("0x1.fffffep127"))
     E4M3FN = Format("fp8_e4m3fn", 8, "fp8_e4m3fn", "float8_e4m3fn", 448.0)
     E4M3FNUZ = Format("fp8_e4m3fnuz", 8, "fp8_e4m3fnuz", "float8_e4m3fnuz", 240.0)
+    UINT8 = Format("uint8", 8, "uint8_t", "uint8", None)
     INT32 = Format("int32", 32, "int32_t", "int32", None)
     INT64 = Format("int64", 64, "int64_t", "int64", None)
 

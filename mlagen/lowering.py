@@ -9,21 +9,30 @@ from dataclasses import dataclass
 
 from mlagen.dtypes import DType
 from mlagen.errors import ProgramError
-from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Types
+from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize, Rope, Types
 
 
 @dataclass(frozen=True)
 class Sink:
     """Where rows end: an output tensor, its type, and how a row is converted and addressed.
 
-    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] that go to the cache.
+    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] that go to the cache.  `width` and `stored` are those of the
+    tensor's rows.  Where the rows have scales of their own, `groups` computes them and `scale_write` puts them in the cache.
     """
 
     role: str
     tensor: str
     width: int
+    stored: DType
     quantize: Quantize
     cache_write: CacheWrite | None
+    groups: GroupScale | None = None
+    scale_write: CacheWrite | None = None
+
+    @property
+    def scale(self) -> str | None:
+        """The input that is the scale of all rows, if there is one."""
+        return None if self.groups else self.quantize.scale
 
     @property
     def segmented(self) -> bool:
@@ -82,7 +91,9 @@ def lower(program: Program) -> Lowered:
     types = program.verify()
     segments: list[Segment] = []
     for result in program.results:
-        segments += _row_segments(program, types, _sink(program, types, result))
+        if not _writes_scales(program, result):
+            segments += _row_segments(program, types, _sink(program, types, result))
+    _refuse_overlaps(program, types)
     used = {stage.output for stage in program.stages}
     kept = {name for segment in segments for name in _names(program, segment)}
     for name in sorted(used - kept):
@@ -106,10 +117,37 @@ def _sink(program: Program, types: Types, result: str) -> Sink:
         quantize = program.producer(stage.x)
         if not isinstance(quantize, Quantize):
             raise stage.reject(f"{stage.x!r} must come from Quantize, which converts it to the cache's type")
-        return Sink("kv", stage.cache, types[stage.cache].width, quantize, stage)
+        cache, groups, scale_write = types[stage.cache], None, None
+        scale = program.producer(quantize.scale) if quantize.scale else None
+        if isinstance(scale, GroupScale):
+            groups = scale
+            writes = (each for each in program.stages if isinstance(each, CacheWrite) and each.x == groups.output)
+            scale_write = next(writes, None)
+            if scale_write is None or scale_write.cache != stage.cache:
+                raise groups.reject(f"{stage.cache!r} has the codes and not their scales: nobody could read it")
+            if groups.x != quantize.x or program.producer(groups.x) is not None:
+                raise groups.reject(f"the scales must be those of {quantize.x!r}, and that an input")
+        return Sink("kv", stage.cache, cache.width, cache.dtype, quantize, stage, groups, scale_write)
     if isinstance(stage, Quantize) and len(types[result].shape) == 3:
-        return Sink("q", result, types[result].width, stage, None)
+        return Sink("q", result, types[result].width, stage.dtype, stage, None)
     raise ProgramError(f"program {program.name!r}: its result {result!r} is neither a quantised [T,H,:] query nor a cache write")
+
+
+def _writes_scales(program: Program, result: str) -> bool:
+    """Whether a result is the write of scales, which goes with that of their codes."""
+    stage = program.producer(result)
+    return isinstance(stage, CacheWrite) and isinstance(program.producer(stage.x), GroupScale)
+
+
+def _refuse_overlaps(program: Program, types: Types) -> None:
+    """Cache writes of one entry must take other bytes each: they are done side by side, in any order."""
+    taken: dict[tuple[str, int], CacheWrite] = {}
+    for stage in program.stages:
+        if isinstance(stage, CacheWrite):
+            for byte in stage.bytes_of(types[stage.x]):
+                other = taken.setdefault((stage.cache, byte), stage)
+                if other is not stage:
+                    raise stage.reject(f"it writes byte {byte} of an entry of {stage.cache!r}, as CacheWrite {other.output!r} does")
 
 
 def _row_segments(program: Program, types: Types, sink: Sink) -> list[Segment]:
@@ -139,7 +177,8 @@ def _row_segments(program: Program, types: Types, sink: Sink) -> list[Segment]:
 
 
 def _names(program: Program, segment: Segment) -> set[str]:
-    stages = (segment.absorb, segment.rope, segment.sink.quantize, segment.sink.cache_write)
+    sink = segment.sink
+    stages = (segment.absorb, segment.rope, sink.quantize, sink.cache_write, sink.groups, sink.scale_write)
     names = {stage.output for stage in stages if stage}
     concat = program.producer(segment.sink.quantize.x)
     return names | ({concat.output} if isinstance(concat, Concat) else set())

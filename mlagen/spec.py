@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from mlagen import models
 from mlagen.dtypes import MODEL_DTYPES, DType, model_dtype
 from mlagen.errors import SpecError
-from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Stage, TensorType
+from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize, Rope, Stage, TensorType
 from mlagen.target import Target
 
 ROPE_STYLES = ("none", "gptj", "neox")
 ROUNDINGS = ("fused", "stepwise")
-KV_LAYOUTS = ("paged", "segmented")
+KV_LAYOUTS = ("paged", "segmented", "fp8_ds_mla")
 MAX_NOPE_DIM, MAX_LORA_RANK, MAX_ROPE_DIM, MAX_HEADS = 512, 2048, 512, 4096
+
+SCALE_GROUP = 128
+"""Columns that share a scale in a cache of layout fp8_ds_mla."""
+
+SCALE_DIVISOR = {DType.E4M3FN: 448.0, DType.E4M3FNUZ: 224.0}
+"""What vLLM divides the largest magnitude of such a group by; on FNUZ it stays below the format's limit of 240."""
+
+LEAST_SCALE = 2.0**-13
+"""The smallest of these scales: 1e-4 in vLLM, before it takes the next power of two."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,9 @@ class PrologueSpec:
     fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.  nope_first: in the rows of both outputs the L latent
     columns come before the R rotary ones; False is the other way round.
     kv_layout: "paged", where the entries of a block follow one another; "segmented", the pages of AITER's `_seg` operators, flat
-    [blocks, block_size * (L+R)]: the latent columns of all slots of a block, then the rotary columns of all.
+    [blocks, block_size * (L+R)]: the latent columns of all slots of a block, then the rotary columns of all; "fp8_ds_mla", vLLM's
+    format for sparse attention, bytes: L fp8 codes, L/128 fp32 scales of 128 codes each, which the kernel computes (ir.GroupScale),
+    and R rotary values of the model's dtype.  It needs kv_dtype "fp8", and k_scale and fp8_max do not concern it.
 
     Raises SpecError, naming the field, what it was and what it may be.
     """
@@ -75,6 +86,17 @@ class PrologueSpec:
         if self.kv_layout != "paged" and not self.nope_first:
             reason = "this layout has the latent columns first; leave nope_first out, or use kv_layout='paged'"
             raise SpecError(f"kv_layout={self.kv_layout!r} with nope_first=False: {reason}")
+        if self.kv_layout == "fp8_ds_mla":
+            self._check_ds_mla()
+
+    def _check_ds_mla(self) -> None:
+        if self.lora_rank % SCALE_GROUP:
+            raise SpecError(f"kv_layout='fp8_ds_mla' with lora_rank={self.lora_rank}: must be a multiple of {SCALE_GROUP}")
+        if self.kv_dtype != "fp8":
+            raise SpecError(f"kv_layout='fp8_ds_mla' with kv_dtype={self.kv_dtype!r}: its latent is fp8, use kv_dtype='fp8'")
+        if self.fp8_max is not None and self.q_dtype != "fp8":
+            reason = "its codes have scales of their own, and the query is not fp8; leave fp8_max out"
+            raise SpecError(f"kv_layout='fp8_ds_mla' with fp8_max={self.fp8_max:g}: {reason}")
 
     def _limit(self) -> float:
         """fp8_max, checked: a limit that fp8 does not hold would itself be rounded, perhaps upwards."""
@@ -151,6 +173,23 @@ class PrologueSpec:
         return self.lora_rank + self.rope_dim
 
     @property
+    def scale_groups(self) -> int:
+        """Scales in a cache entry."""
+        return self.lora_rank // SCALE_GROUP if self.kv_layout == "fp8_ds_mla" else 0
+
+    @property
+    def cache_width(self) -> int:
+        """Elements of a cache entry: L + R, or bytes where the layout is fp8_ds_mla."""
+        if self.kv_layout == "fp8_ds_mla":
+            return self.rotary_byte + self.rope_dim * model_dtype(self.dtype).bytes
+        return self.entry_dim
+
+    @property
+    def rotary_byte(self) -> int:
+        """Where the rotary values of an entry start where the layout is fp8_ds_mla."""
+        return self.lora_rank + self.scale_groups * DType.FP32.bytes
+
+    @property
     def nope_columns(self) -> slice:
         """Where the latent is in a row of q_out and in a cache entry."""
         first = 0 if self.nope_first else self.rope_dim
@@ -165,6 +204,10 @@ class PrologueSpec:
     def output_dtype(self, name: str, target: Target) -> DType:
         """Resolve "fp8" to the arch's flavour, or the model's own type."""
         return target.fp8 if name == "fp8" else model_dtype(name)
+
+    def cache_dtype(self, target: Target) -> DType:
+        """Type of the cache's elements."""
+        return DType.UINT8 if self.kv_layout == "fp8_ds_mla" else self.output_dtype(self.kv_dtype, target)
 
     def program(self, target: Target) -> Program:
         """The verified Program of this prologue on `target`.  Raises SpecError where fp8_max exceeds the target's flavour."""
@@ -207,11 +250,25 @@ class PrologueSpec:
             w_uk = take("w_uk", ("H", self.nope_dim, self.lora_rank), dtype)
             latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried))
         q_out = row("q_out", latent, "q_pe", ("T", "H", self.rope_dim), self.q_dtype, "q_scale")
-        entry = row("kv_entry", take("kv_c", ("T", self.lora_rank), dtype), "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")
-        slots = take("slot_mapping", ("T",), DType.INT64)
-        cache = take("kv_cache", ("N", self.entry_dim), self.output_dtype(self.kv_dtype, target))
-        layout = None if self.kv_layout == "paged" else self.kv_layout
-        written = add(CacheWrite("kv_cache_written", entry, cache, slots, layout))
-        program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), (q_out, written))
+        results = [q_out]
+
+        def written(entry: str, name: str, column: int = 0) -> None:
+            slots = take("slot_mapping", ("T",), DType.INT64)
+            cache = take("kv_cache", ("N", self.cache_width), self.cache_dtype(target))
+            layout = "segmented" if self.kv_layout == "segmented" else None
+            results.append(add(CacheWrite(name, entry, cache, slots, layout, column)))
+
+        kv_c = take("kv_c", ("T", self.lora_rank), dtype)
+        if self.kv_layout == "fp8_ds_mla":
+            scales = add(GroupScale("kv_scales", kv_c, SCALE_GROUP, SCALE_DIVISOR[target.fp8], LEAST_SCALE))
+            written(add(Quantize("kv_codes", kv_c, target.fp8, scales)), "kv_codes_written")
+            written(scales, "kv_scales_written", self.lora_rank)
+            if self.rope_dim:
+                rotary = add(Quantize("kv_pe", rotated(take("k_pe", ("T", self.rope_dim), dtype)), dtype))
+                written(rotary, "kv_pe_written", self.rotary_byte)
+        else:
+            entry = row("kv_entry", kv_c, "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")
+            written(entry, "kv_cache_written")
+        program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), tuple(results))
         program.verify()
         return program

@@ -150,8 +150,8 @@ def _query_output(kernel: Kernel, workload: Workload) -> Guarded:
 
 
 def _cache(kernel: Kernel, workload: Workload, blocks: int) -> Guarded:
-    spec, size, width = kernel.spec, workload.block_size, kernel.spec.entry_dim
-    dtype = torch_dtype(spec.output_dtype(spec.kv_dtype, kernel.target))
+    spec, size, width = kernel.spec, workload.block_size, kernel.spec.cache_width
+    dtype = torch_dtype(spec.cache_dtype(kernel.target))
     if spec.kv_layout == "segmented":
         shape = cache_shape(spec, blocks, size)
         gap = {"dense": 0, "padded": 11, "interleaved": 16}[workload.cache]  # what is inside a block cannot be elsewhere

@@ -34,7 +34,7 @@ SPEC_FACTORS = {
     "rounding": ("fused", "stepwise"),
     "fp8_max": (None, 224.0),
     "nope_first": (True, False),
-    "kv_layout": ("paged", "segmented"),
+    "kv_layout": ("paged", "segmented", "fp8_ds_mla"),
 }
 
 LAUNCH_FACTORS = {
@@ -67,6 +67,8 @@ PRODUCTS_LIMIT = 300e6
 def sensible(row: Row) -> bool:
     rotates = row["rope_style"] != "none"
     if row["kv_layout"] != "paged" and row["rope_dim"] and not row["nope_first"]:
+        return False
+    if row["kv_layout"] == "fp8_ds_mla" and (row["lora_rank"] % 128 or not row["kv_fp8"] or (row["fp8_max"] and not row["q_fp8"])):
         return False
     return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not row["q_fp8"] and not row["kv_fp8"])
 

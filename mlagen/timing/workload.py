@@ -87,7 +87,7 @@ def make_workload(
     """Random values of about 1, and weights that keep them so, drawn on `device`."""
     generator = torch.Generator(device).manual_seed(seed)
     model = torch_dtype(model_dtype(spec.dtype))
-    cache_dtype = torch_dtype(spec.output_dtype(spec.kv_dtype, target))
+    cache_dtype = torch_dtype(spec.cache_dtype(target))
 
     def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(model)
@@ -109,7 +109,7 @@ def make_workload(
         q_scale=scale,
         k_scale=scale,
         w_uk=tuple(draw(*weight, scale=spec.nope_dim**-0.5) for _ in range(layers if spec.absorbs else 0)),
-        caches=tuple(torch.zeros(slots, spec.entry_dim, dtype=cache_dtype, device=device) for _ in range(layers)),
+        caches=tuple(torch.zeros(slots, spec.cache_width, dtype=cache_dtype, device=device) for _ in range(layers)),
     )
 
 

@@ -78,6 +78,7 @@ class TestInputs:
             {"fp8_max": 224.0},
             {"nope_first": False},
             {"kv_layout": "segmented"},
+            {"lora_rank": 128, "kv_layout": "fp8_ds_mla"},
         ],
         ids=lambda change: next(iter(change)),
     )

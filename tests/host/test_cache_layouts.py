@@ -1,8 +1,10 @@
 """The layouts of the cache besides entries that follow one another: their bytes, built here from the definition of each layout."""
 
+import math
+
 import pytest
 import torch
-from helpers import Workload, check, make_launch, output_bytes, small_spec
+from helpers import Workload, build_kernel, check, failures, make_launch, output_bytes, small_spec
 from hypothesis import given
 from hypothesis import strategies as st
 from sweep import ARCHS
@@ -119,6 +121,143 @@ def test_a_page_of_one_slot_is_an_entry(changes):
     for kernel, launch in zip(kernels, launches, strict=True):
         kernel(**launch.arguments)
     assert torch.equal(*map(output_bytes, launches))
+
+
+# fp8_ds_mla: what vLLM 0.33.0 writes
+
+DS_MLA = {
+    "gptj": {"lora_rank": 256},
+    "neox": {"lora_rank": 128, "rope_style": "neox", "dtype": "fp16", "q_dtype": "fp16"},
+    "absorbed": {"lora_rank": 512, "weight": "none", "rope_dim": 10, "fp8_max": 224.0},
+    "stepwise": {"lora_rank": 128, "rounding": "stepwise"},
+}
+
+
+def ds_mla_entry(row: torch.Tensor, rotary: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes of an entry: L codes, L/128 scales 2^ceil(log2(max(amax / 448, 1e-4))), 224 on FNUZ, and the rotary values."""
+    groups = row.double().reshape(-1, 128)
+    amax = groups.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).abs().amax(1)
+    scales = 2 ** (amax / (448 if dtype is torch.float8_e4m3fn else 224)).clamp(min=1e-4).log2().ceil()
+    codes = (groups / scales[:, None]).to(torch.float32).to(dtype)
+    return torch.cat([each.contiguous().view(torch.uint8).flatten() for each in (codes, scales.float(), rotary)])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "changes", [*DS_MLA.values(), {"lora_rank": 128, "rope_dim": 0, "rope_style": "none"}], ids=[*DS_MLA, "no rope"]
+)
+def test_the_oracle_explains_fp8_ds_mla(arch, changes):
+    kernel = load(small_spec(kv_layout="fp8_ds_mla", **changes), "cpu", arch=arch)
+    for seed, workload in enumerate(WORKLOADS.values()):
+        check(kernel, workload, seed=seed)
+
+
+@given(
+    changes=st.sampled_from(list(DS_MLA.values())),
+    arch=st.sampled_from(ARCHS),
+    tokens=st.integers(0, 20),
+    block_size=st.integers(1, 9),
+    gap=st.integers(0, 20),
+    seed=st.integers(0, 1000),
+)
+def test_the_bytes_of_fp8_ds_mla(changes, arch, tokens, block_size, gap, seed):
+    """Every binade of the model's type, signs, zeros; entries of any stride; nothing besides."""
+    spec = small_spec(kv_layout="fp8_ds_mla", **changes)
+    kernel = load(spec, "cpu", arch=arch)
+    model, fp8 = (torch_dtype(spec.output_dtype(name, kernel.target)) for name in (spec.dtype, "fp8"))
+    inputs, blocks = inputs_of(kernel, tokens, seed), tokens // block_size + 2
+    generator = torch.Generator().manual_seed(seed)
+    far = 110 if model is torch.bfloat16 else 8
+    scale = torch.randint(-far, far, (tokens, spec.lora_rank // 128, 1), generator=generator)
+    groups = inputs["kv_c"].float().reshape(tokens, spec.lora_rank // 128, 128)
+    limit = torch.finfo(model).max
+    inputs["kv_c"] = (torch.ldexp(groups, scale) * (scale % 5 != 0)).clamp(-limit, limit).reshape(tokens, spec.lora_rank).to(model)
+    inputs["slot_mapping"] = torch.randperm(blocks * block_size, generator=generator)[:tokens]
+    inputs["slot_mapping"][1::4] = -1
+    width = spec.lora_rank + spec.lora_rank // 32 + 2 * spec.rope_dim
+    memory = torch.full((blocks, block_size, width + gap), GUARD, dtype=torch.uint8)
+    expected = memory.clone()
+    run(kernel, inputs, memory[..., :width])
+    rotary = rotated(inputs["k_pe"].float(), inputs, spec.rope_style).to(model)
+    for token, slot in enumerate(inputs["slot_mapping"].tolist()):
+        if slot >= 0:
+            expected[slot // block_size, slot % block_size, :width] = ds_mla_entry(inputs["kv_c"][token], rotary[token], fp8)
+    assert torch.equal(memory, expected)
+
+
+EDGES = {
+    "zeros": (0.0, 0.0, 2.0**-13, 0.0),
+    "negative zeros": (-0.0, -0.0, 2.0**-13, 0.0),
+    "vLLM's example": (336.0, 1.0, 1.0, 1.0),  # 0.75 becomes 1
+    "the limit itself": (448.0, 1.0, 1.0, 1.0),
+    "beyond the limit": (450.0, 1.0, 2.0, 0.5),
+    "negative alone": (-900.0, 3.0, 4.0, 0.75),
+    "just over the least": (0.046875, 0.0, 2.0**-13, 0.0),
+    "infinity": (torch.inf, 1.0, torch.inf, 0.0),
+    "NaN": (torch.nan, 448.0, 1.0, 448.0),
+    "the largest of bf16": (float(torch.finfo(torch.bfloat16).max), 0.0, 2.0**120, 0.0),
+}
+
+
+@pytest.mark.parametrize(("one", "others", "scale", "value"), EDGES.values(), ids=EDGES)
+def test_the_edges_of_a_scale(one, others, scale, value):
+    """A group of `others` with `one` in it: its scale, and the code of the others, as vLLM 0.33.0 defines them, on OCP fp8."""
+    spec = small_spec(kv_layout="fp8_ds_mla", lora_rank=256)
+    kernel = load(spec, "cpu", arch="gfx950")
+    inputs = inputs_of(kernel, 1, 0)
+    for place in (0, 77, 127):
+        inputs["kv_c"] = torch.full((1, 256), 7.0, dtype=torch.bfloat16)
+        inputs["kv_c"][:, 128:] = others
+        inputs["kv_c"][0, 128 + place] = one
+        cache = torch.zeros(1, 1, spec.cache_width, dtype=torch.uint8)
+        inputs["slot_mapping"] = torch.zeros(1, dtype=torch.int64)
+        run(kernel, inputs, cache)
+        assert cache[0, 0, 256:264].clone().view(torch.float32).tolist() == [2.0**-6, scale]
+        codes = cache[0, 0, 128:256].clone().view(torch.float8_e4m3fn).float()
+        others_codes = torch.cat((codes[:place], codes[place + 1 :]))
+        assert (others_codes == value).all()
+        own = codes[place]
+        assert own.isnan() if not math.isfinite(one) else own == torch.tensor(one / scale).to(torch.float8_e4m3fn).float()
+
+
+def test_a_least_scale_keeps_zeros_from_being_nan():
+    """The mutation of it that no random input shows."""
+    spec = small_spec(kv_layout="fp8_ds_mla", lora_rank=256)
+    sound = load(spec, "cpu", arch="gfx942")
+    change = ("scale > 0x1p-13f ? scale : 0x1p-13f", "scale")
+    wrong = []
+    for kernel in (sound, build_kernel(spec, "gfx942", sound.generated, change)):
+        launch = make_launch(kernel, Workload(tokens=3, layout="dense"))
+        for kv_c in (launch.arguments["kv_c"], launch.case.inputs["kv_c"]):
+            kv_c.zero_()
+        wrong.append(bool(failures(kernel, launch)))
+    assert wrong == [False, True]
+
+
+def test_k_scale_is_not_read():
+    kernel = load(small_spec(kv_layout="fp8_ds_mla", lora_rank=128), "cpu", arch="gfx950")
+    launches = [make_launch(kernel, Workload(tokens=5)) for _ in range(3)]
+    for launch, k_scale in zip(launches, (launches[0].arguments["k_scale"], torch.tensor(torch.nan), None), strict=True):
+        kernel(**{**launch.arguments, "k_scale": k_scale})
+    assert torch.equal(output_bytes(launches[0]), output_bytes(launches[1]))
+    assert torch.equal(output_bytes(launches[0]), output_bytes(launches[2]))
+    assert not any("k_scale" in argument.name for argument in kernel.generated.arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "message"),
+    [
+        (torch.float8_e4m3fn, 196, "kv_cache: dtype float8_e4m3fn, expected uint8"),
+        (torch.bfloat16, 196, "kv_cache: dtype bfloat16, expected uint8"),
+        (torch.uint8, 160, "kv_cache: shape [2, 16, 160], expected [any, >=1, 196]"),
+    ],
+)
+def test_an_fp8_ds_mla_cache_of_another_kind_is_refused(dtype, width, message):
+    kernel = load(small_spec(kv_layout="fp8_ds_mla", lora_rank=128), "cpu", arch="gfx950")
+    launch = make_launch(kernel, Workload(tokens=5))
+    with pytest.raises(ArgumentError) as caught:
+        kernel(**{**launch.arguments, "kv_cache": torch.zeros(2, 16, width, dtype=dtype)})
+    assert str(caught.value).startswith(message)
 
 
 def test_a_layout_is_read_where_it_is_written():

@@ -29,6 +29,7 @@ SPECS = {
     "fp16": small_spec(dtype="fp16", q_dtype="fp16"),
     "rope first": small_spec(nope_first=False),
     "segmented": small_spec(kv_layout="segmented"),
+    "fp8_ds_mla": small_spec(kv_layout="fp8_ds_mla", lora_rank=256),
 }
 
 # Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
@@ -91,6 +92,19 @@ MUTATIONS = (
     Mutation("segmented entries", "before + place * width", "before + place * 128", spec="segmented"),
     Mutation("segments of another width", "cache_part(args, slot, 96, 32)", "cache_part(args, slot, 96, 16)", spec="segmented"),
     Mutation("segments before the first", "cache_part(args, slot, 0, 96)", "cache_part(args, slot, 32, 96)", spec="segmented"),
+    Mutation("a scale for half a group", "LANES / 2; distance > 0", "LANES / 4; distance > 0", spec="fp8_ds_mla"),
+    Mutation("a scale for the row", "group_scale<8>", "group_scale<16>", spec="fp8_ds_mla"),
+    Mutation("a scale that is no power of two", "(bits + 0x7fffff) & 0xff800000", "bits", spec="fp8_ds_mla"),
+    Mutation("a scale rounded down", "(bits + 0x7fffff) & 0xff800000", "bits & 0xff800000", spec="fp8_ds_mla"),
+    Mutation("the scale of the other flavour", "largest / 224.0f", "largest / 448.0f", spec="fp8_ds_mla"),
+    Mutation("positive values alone", "x[i] < 0.0f ? -x[i] : x[i]", "x[i]", spec="fp8_ds_mla"),
+    Mutation("NaN in a scale", "magnitude > largest", "!(magnitude <= largest)", spec="fp8_ds_mla"),
+    Mutation("codes by the scale", "1.0f / scale;\n    if (slot", "scale;\n    if (slot", spec="fp8_ds_mla"),
+    Mutation("scales side by side", "column / 128 * 4", "column / 128", spec="fp8_ds_mla"),
+    Mutation("scales elsewhere", "args, slot) + 256 + column", "args, slot) + 252 + column", spec="fp8_ds_mla"),
+    Mutation("scales of one group only", "if (column % 128 == 0)", "if (column == 0)", spec="fp8_ds_mla"),
+    Mutation("rotary bytes elsewhere", "(cache_entry(args, slot) + 264)", "(cache_entry(args, slot) + 256)", spec="fp8_ds_mla"),
+    Mutation("slot 0 without codes", "if (slot < 0 || row", "if (slot <= 0 || row", spec="fp8_ds_mla"),
     # rows
     Mutation("head and token exchanged", "token = row / heads, head = row % heads", "token = row % heads, head = row / heads"),
     Mutation("last row forgotten", "if (row >= uint32_t(args.tokens)) return;", "if (row + 1 >= uint32_t(args.tokens)) return;"),

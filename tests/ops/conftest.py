@@ -26,6 +26,7 @@ SETUPS = {
     "bf16-neox": ("gfx950", PrologueSpec(**{**SMALL, "rope_style": "neox", "q_dtype": "bf16", "kv_dtype": "bf16"})),
     "no-rope": ("gfx942", PrologueSpec(**{**SMALL, "rope_dim": 0, "rope_style": "none"})),
     "segmented": ("gfx942", PrologueSpec(**SMALL, kv_layout="segmented")),
+    "fp8_ds_mla": ("gfx950", PrologueSpec(**{**SMALL, "lora_rank": 128}, kv_layout="fp8_ds_mla")),
     "absorbed": ("sm_90", PrologueSpec(**SMALL, dtype="fp16", weight="none", q_dtype="fp16")),  # with an fp8 cache
 }
 
@@ -46,7 +47,7 @@ class Setup:
 
     def cache(self, *, as_uint8: bool = False) -> torch.Tensor:
         """A cache of BLOCKS blocks with room behind each, every byte FILL; as bytes where it holds fp8 and `as_uint8` is set."""
-        dtype = torch_dtype(self.spec.output_dtype(self.spec.kv_dtype, self.kernel.target))
+        dtype = torch_dtype(self.spec.cache_dtype(self.kernel.target))
         shape = cache_shape(self.spec, BLOCKS, BLOCK_SIZE)
         block = math.prod(shape[1:])
         stored = torch.full((BLOCKS, (block + 64) * dtype.itemsize), FILL, dtype=torch.uint8)

@@ -41,7 +41,10 @@ def test_each_spec_has_one_text_that_gives_it_back():
     specs |= {dataclasses.replace(spec, rounding="stepwise") for spec in specs}
     specs |= {dataclasses.replace(spec, fp8_max=224) for spec in specs if "fp8" in (spec.q_dtype, spec.kv_dtype)}
     specs |= {dataclasses.replace(spec, nope_first=False) for spec in specs}
-    specs |= {dataclasses.replace(spec, kv_layout="segmented") for spec in specs if spec.nope_first}
+    usual = {spec for spec in specs if spec.nope_first}
+    specs |= {dataclasses.replace(spec, kv_layout="segmented") for spec in usual}
+    scaled = {spec for spec in usual if spec.kv_dtype == "fp8" and (spec.fp8_max is None or spec.q_dtype == "fp8")}
+    specs |= {dataclasses.replace(spec, kv_layout="fp8_ds_mla") for spec in scaled if spec.lora_rank % 128 == 0}
     texts = {ops.spec_to_str(spec): spec for spec in specs}
     assert len(texts) == len(specs)
     assert all(ops.spec_from_str(text) == spec for text, spec in texts.items())

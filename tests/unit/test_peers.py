@@ -31,7 +31,6 @@ SPECS = {
     "limited": small_spec(fp8_max=224.0),
     "rope first": small_spec(nope_first=False),
 }
-SEGMENTED = small_spec(kv_layout="segmented", lora_rank=128)
 POWERS_OF_TWO = small_spec(lora_rank=128)
 
 
@@ -44,10 +43,11 @@ def test_eager_operators_are_right(spec, arch):
     assert not measured("eager", spec, arch).failures
 
 
+@pytest.mark.parametrize("layout", ["segmented", "fp8_ds_mla"])
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "bmm"])
-def test_no_peer_has_a_segmented_cache(name):
+def test_no_peer_has_another_cache(name, layout):
     for arch in ("gfx950", "sm_90"):
-        assert PEERS[name].misfit(SEGMENTED, TARGETS[arch]) == "its cache is paged"
+        assert PEERS[name].misfit(replace(POWERS_OF_TWO, kv_layout=layout), TARGETS[arch]) == "its cache is paged"
 
 
 def test_the_product_is_right():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlagen.codegen import generate, kernel_name
 from mlagen.dtypes import DType
 from mlagen.errors import ModelError, SpecError
-from mlagen.ir import Concat, Quantize
+from mlagen.ir import CacheWrite, Concat, GroupScale, Quantize
 from mlagen.spec import MAX_HEADS, MAX_LORA_RANK, MAX_NOPE_DIM, MAX_ROPE_DIM, PrologueSpec
 from mlagen.target import TARGETS, find_target
 
@@ -46,6 +46,9 @@ def test_what_is_filled_in():
         {"fp8_max": 224},
         {"fp8_max": 0.5, "kv_dtype": "bf16"},
         {"nope_first": False, "rope_dim": 2},
+        {"kv_layout": "fp8_ds_mla"},
+        {"kv_layout": "fp8_ds_mla", "lora_rank": 128, "rope_dim": 2, "q_dtype": "bf16", "rope_style": "neox"},
+        {"kv_layout": "fp8_ds_mla", "fp8_max": 224.0},
         {"kv_layout": "segmented"},
         {"kv_layout": "segmented", "lora_rank": 16, "rope_dim": 2, "kv_dtype": "bf16"},
         {"kv_layout": "segmented", "rope_dim": 0, "rope_style": "none", "nope_first": False},
@@ -96,7 +99,15 @@ REFUSED = [
     ({"fp8_max": 224, "q_dtype": "bf16", "kv_dtype": "bf16"}, "fp8_max=224", "without an fp8 output"),
     ({"nope_first": None}, "nope_first=None", "True or False"),
     ({"nope_first": 0}, "nope_first=0", "True or False"),
-    ({"kv_layout": "flat"}, "kv_layout='flat'", "paged, segmented"),
+    ({"kv_layout": "fp8_ds_mla", "lora_rank": 192}, "kv_layout='fp8_ds_mla' with lora_rank=192", "multiple of 128"),
+    ({"kv_layout": "fp8_ds_mla", "kv_dtype": "bf16"}, "kv_layout='fp8_ds_mla' with kv_dtype='bf16'", "use kv_dtype='fp8'"),
+    ({"kv_layout": "fp8_ds_mla", "nope_first": False}, "kv_layout='fp8_ds_mla' with nope_first=False", "the latent columns first"),
+    (
+        {"kv_layout": "fp8_ds_mla", "fp8_max": 224, "q_dtype": "bf16"},
+        "kv_layout='fp8_ds_mla' with fp8_max=224",
+        "leave fp8_max out",
+    ),
+    ({"kv_layout": "flat"}, "kv_layout='flat'", "paged, segmented, fp8_ds_mla"),
     ({"kv_layout": None}, "kv_layout=None", "paged, segmented"),
     ({"kv_layout": "segmented", "nope_first": False}, "kv_layout='segmented' with nope_first=False", "the latent columns first"),
 ]
@@ -135,7 +146,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
-    kv_layout=field("paged", "segmented"),
+    kv_layout=field("paged", "segmented", "fp8_ds_mla"),
     arch=st.sampled_from(list(TARGETS)),
 )
 def test_anything_is_a_kernel_or_a_spec_error(arch, **fields):
@@ -211,6 +222,7 @@ def test_without_rope_nothing_of_it_is_left():
         {"fp8_max": 0.5},
         {"nope_first": False},
         {"kv_layout": "segmented"},
+        {"kv_layout": "fp8_ds_mla"},
     ],
     ids=str,
 )
@@ -279,3 +291,17 @@ def test_kernels_that_coincide_share_a_name():
         assert plain.name == other.name
     absorbed = [generate(spec(weight="none", nope_dim=width), target) for width in (64, 128)]
     assert absorbed[0].source == absorbed[1].source
+
+
+@pytest.mark.parametrize(("arch", "divisor"), [("gfx942", 224.0), ("gfx950", 448.0), ("sm_90", 448.0)])
+def test_an_entry_of_fp8_ds_mla(arch, divisor):
+    """DeepSeek's 656 bytes; what vLLM divides by is that of the flavour."""
+    wanted, target = spec(kv_layout="fp8_ds_mla"), find_target(arch)
+    assert (wanted.cache_width, wanted.rotary_byte, wanted.scale_groups) == (656, 528, 4)
+    assert wanted.cache_dtype(target) is DType.UINT8
+    assert spec(kv_layout="fp8_ds_mla", rope_dim=0, rope_style="none").cache_width == 528
+    stages = {stage.output: stage for stage in wanted.program(target).stages}
+    assert stages["kv_scales"] == GroupScale("kv_scales", "kv_c", 128, divisor, 2.0**-13)
+    writes = {stage.x: stage.column for stage in stages.values() if isinstance(stage, CacheWrite)}
+    assert writes == {"kv_codes": 0, "kv_scales": 512, "kv_pe": 528}
+    assert "k_scale" not in dict(wanted.program(target).inputs)
