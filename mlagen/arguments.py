@@ -169,7 +169,7 @@ class Checker:
                     f"whole slots of {spec.lora_rank} latent and {spec.rope_dim} rotary columns"
                 )
         else:
-            cache = self.tensor("kv_cache", value, (None, ">=1", spec.cache_width), dtypes)
+            cache = self.tensor("kv_cache", value, (None, ">=1", *spec.kv_inner, spec.cache_width), dtypes)
         self.distinct_rows("kv_cache", cache)
         block_size = slots_of_block(spec, cache.shape)
         if cache.shape[0] * block_size**2 >= RECIPROCAL_ONE:
@@ -192,7 +192,7 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     given = dict(zip(TENSORS, tensors, strict=True))
     q_nope, q_pe = checker.query((given["q"], given["q_pe"]) if q_pair else given["q"])
     tokens = q_nope.shape[0]
-    latent = checker.tensor("kv_c", given["kv_c"], (tokens, spec.lora_rank), (checker.model,))
+    latent = checker.tensor("kv_c", given["kv_c"], (tokens, *spec.kv_inner, spec.lora_rank), (checker.model,))
     cache = checker.cache(given["kv_cache"])
     slots = checker.indices("slot_mapping", given["slot_mapping"], f">={tokens}")
     views = {
@@ -204,7 +204,8 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     if spec.rope_dim:
         assert q_pe is not None, "query() gives q_pe where there is one"
         k_pe = given["k_pe"]
-        shape = (tokens, 1, spec.rope_dim) if isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3 else (tokens, spec.rope_dim)
+        one_head = spec.kv_heads == 1 and isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3
+        shape = (tokens, *((1,) if one_head else spec.kv_inner), spec.rope_dim)
         views["q_pe"] = ("q_pe" if q_pair else "q", q_pe)
         views["k_pe"] = ("k_pe", checker.tensor("k_pe", k_pe, shape, (checker.model,)))
     if spec.absorbs:
@@ -235,6 +236,10 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     for name in ("kv_c", "k_pe"):
         if name in views:
             values[f"{name}_token_stride"] = views[name][1].stride(0)
+            if spec.kv_heads > 1:
+                values[f"{name}_head_stride"] = views[name][1].stride(1)
+    if spec.kv_heads > 1:
+        values |= {"kv_heads": spec.kv_heads, "kv_head_stride": cache.stride(2)}
     block_size = slots_of_block(spec, cache.shape)
     values |= {
         "block_stride": cache.stride(0),

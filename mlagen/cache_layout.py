@@ -14,7 +14,7 @@ def cache_shape(spec: PrologueSpec, blocks: int, block_size: int) -> tuple[int, 
     """Shape of a cache of `blocks` times `block_size` slots."""
     if spec.kv_layout == "segmented":
         return (blocks, block_size * spec.entry_dim)
-    return (blocks, block_size, spec.cache_width)
+    return (blocks, block_size, *spec.kv_inner, spec.cache_width)
 
 
 def slots_of_block(spec: PrologueSpec, shape: Sequence[int]) -> int:
@@ -23,7 +23,7 @@ def slots_of_block(spec: PrologueSpec, shape: Sequence[int]) -> int:
 
 
 def parts(spec: PrologueSpec, cache: torch.Tensor) -> list[torch.Tensor]:
-    """Views [blocks, block_size, columns] of a cache, which together hold the columns of its entries in order."""
+    """Views [blocks, block_size, columns], or [..., K, columns], of a cache, which together hold its entries' columns in order."""
     if spec.kv_layout != "segmented":
         return [cache]
     size = slots_of_block(spec, cache.shape)
@@ -33,7 +33,7 @@ def parts(spec: PrologueSpec, cache: torch.Tensor) -> list[torch.Tensor]:
 
 
 def entries(spec: PrologueSpec, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """[slots, L+R], or bytes of fp8_ds_mla: the entries of the given slots, none of them negative, on the cache's device."""
+    """[slots, L+R], [slots, K, L+R] or bytes of fp8_ds_mla: the entries of the slots, none negative, on the cache's device."""
     block, place = slots // slots_of_block(spec, cache.shape), slots % slots_of_block(spec, cache.shape)
     views = parts(spec, cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache)  # not every index takes fp8
     return torch.cat([view[block, place] for view in views], -1).view(cache.dtype)

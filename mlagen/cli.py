@@ -22,6 +22,7 @@ from mlagen.cli_options import (
     AsJson,
     Fp8Max,
     KvDtype,
+    KvHeads,
     KvLayout,
     Model,
     QDtype,
@@ -92,6 +93,7 @@ def build(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
+    kv_heads: KvHeads = 1,
     kv_layout: KvLayout = "paged",
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
     toolchain: Annotated[str, typer.Option(help="auto; for AMD zig or rocm; for NVIDIA nvrtc or nvcc.")] = "auto",
@@ -107,11 +109,11 @@ def build(
         raise RequestError("name one of: a MODEL, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
     options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"nope_first": not rope_first, "kv_layout": kv_layout}
+    options |= {"nope_first": not rope_first, "kv_heads": kv_heads, "kv_layout": kv_layout}
     if model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
-        for name in ("tp", "arch", "weight", "q_dtype", "kv_dtype", "rounding", "fp8_max", "rope_first", "kv_layout"):
+        for name in ("tp", "arch", "weight", "q_dtype", "kv_dtype", "rounding", "fp8_max", "rope_first", "kv_heads", "kv_layout"):
             if _given(context, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")
@@ -161,6 +163,7 @@ def verify(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
+    kv_heads: KvHeads = 1,
     kv_layout: KvLayout = "paged",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,64",
     device: Annotated[str, typer.Option(help="host: on the CPU, lane by lane; cuda, hip: on the GPU that torch sees.")] = "host",
@@ -177,7 +180,7 @@ def verify(
     except ModuleNotFoundError as error:
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
     options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"nope_first": not rope_first, "kv_layout": kv_layout}
+    options |= {"nope_first": not rope_first, "kv_heads": kv_heads, "kv_layout": kv_layout}
     requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
     without = [each.target.arch for each in requests if not each.target.dependent_launch]
     if pdl and without:

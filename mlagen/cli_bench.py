@@ -15,6 +15,7 @@ from mlagen.cli_options import (
     AsJson,
     Fp8Max,
     KvDtype,
+    KvHeads,
     KvLayout,
     Model,
     QDtype,
@@ -46,6 +47,7 @@ def bench(
     kv_dtype: KvDtype = "fp8",
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
+    kv_heads: KvHeads = 1,
     kv_layout: KvLayout = "paged",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,64,128,256",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
@@ -77,7 +79,7 @@ def bench(
     ending = require_plot(plot) if plot else ""
     target = find_target(gpu_arch(device))
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    wanted = request(model, tp, target, **options, kv_layout=kv_layout)
+    wanted = request(model, tp, target, **options, kv_heads=kv_heads, kv_layout=kv_layout)
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says while it works is no result
         report = _measure(wanted, chosen, counts, layers, repeats)
     if as_json:

@@ -99,6 +99,8 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
         parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
     if not spec.nope_first:
         parts.append("ropefirst")
+    if spec.kv_heads > 1:
+        parts.append("kvheads")
     if spec.kv_layout != "paged":
         parts.append(spec.kv_layout)
     return "_".join([*parts, target.arch])
@@ -281,9 +283,15 @@ def _sink_context(sink: Sink, lowered: Lowered) -> Mapping[str, Any]:
     if sink.stored is DType.UINT8:
         held += [(_scale_bytes(segment), "its scales") for segment in parts if segment.sink.groups]
         layout = ", ".join(f"{span.start} to {span.stop - 1} {what}" for span, what in sorted(held, key=_start))
-        return {"tensor": sink.tensor, "cpp": sink.stored.value.cpp, "layout": f"bytes {layout}", "segmented": False}
+        return {"tensor": sink.tensor, "cpp": sink.stored.value.cpp, "layout": f"bytes {layout}", "segmented": False, "heads": None}
     layout = ", ".join(f"columns {span.start} to {span.stop - 1} are {what}" for span, what in sorted(held, key=_start))
-    return {"tensor": sink.tensor, "cpp": sink.stored.value.cpp, "layout": layout, "segmented": sink.segmented}
+    return {
+        "tensor": sink.tensor,
+        "cpp": sink.stored.value.cpp,
+        "layout": layout,
+        "segmented": sink.segmented,
+        "heads": parts[0].heads,
+    }
 
 
 def _start(held: tuple[range, str]) -> int:
@@ -316,7 +324,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
     """What the segment partials need to know."""
     sink = segment.sink
     out = sink.quantize.dtype
-    by_head = sink.role == "q"
+    is_query, by_head = sink.role == "q", segment.heads is not None
     steps = [segment.source]
     if segment.absorb:
         steps.append("q_absorb")
@@ -330,7 +338,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         steps.append(f"scale groups of {sink.groups.group}")
     steps.append(f"quantize to {out}" if out.is_fp8 else f"to {out}")
     columns = f"{_columns(segment).start}:{_columns(segment).stop}"
-    place = f"{sink.tensor}[:, :, {columns}]" if by_head else f"{sink.tensor}[slot, {columns}]"
+    place = f"{sink.tensor}[{':' if is_query else 'slot'}, {':, ' if by_head else ''}{columns}]"
     if sink.segmented:
         place = f"{sink.tensor}[block, block_size * {segment.column} + place * {segment.width}:]"
     chain = " -> ".join([*steps, place])
@@ -338,19 +346,19 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
     if out.is_fp8:
         options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {_float_literal(sink.quantize.limit)}"
     column = "column" if segment.column == 0 else f"{segment.column} + column"
-    row = "q_out_row(args, token, head)" if by_head else "cache_entry(args, slot)"
+    row = "q_out_row(args, token, head)" if is_query else f"cache_entry(args, slot{', head' if by_head else ''})"
     if sink.segmented:
         row, column = f"cache_part(args, slot, {segment.column}, {segment.width})", "column"
     if sink.stored is DType.UINT8:
         first = _columns(segment).start
         row = f"reinterpret_cast<{out.value.cpp}*>({row}{f' + {first}' if first else ''})"
-    rows = "uint32_t(args.tokens)" + (" * args.heads" if by_head else "")
+    rows = "uint32_t(args.tokens)" + (f" * args.{segment.heads}" if by_head else "")
     context: dict[str, Any] = {
         "name": segment.name,
         "source": segment.source,
         "template": f"stages/segment_{'absorb' if segment.absorb else 'rows'}.hip.j2",
         "chain": chain,
-        "by_head": by_head,
+        "heads": segment.heads,
         "is_cache": sink.role == "kv",
         "rope": segment.rope,
         "round": rounds,

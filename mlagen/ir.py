@@ -1,8 +1,9 @@
 """The IR: typed tensors, the six stages of the prologue, and the Program that orders them.
 
 A Program is in single assignment: every stage names its result once, and reads program inputs or earlier results.  Dimensions are
-integers or symbols ("T" tokens, "H" heads of this rank, "N" cache slots, "X" rotary positions), so one program serves every T.
-Rounding is part of the types: a stage whose result is fp32 keeps full precision, one whose result is bf16 rounds there.
+integers or symbols ("T" tokens, "H" heads of this rank, "K" its KV heads, "N" cache slots, "X" rotary positions), so one program
+serves every T.  Rounding is part of the types: a stage whose result is fp32 keeps full precision, one whose result is bf16 rounds
+there.
 """
 
 import math
@@ -221,7 +222,7 @@ class Quantize(Stage):
 
 @dataclass(frozen=True)
 class CacheWrite(Stage):
-    """cache[slot_mapping[t], :] = x[t, :] where slot_mapping[t] >= 0; nothing at all where it is negative.
+    """cache[slot_mapping[t], ...] = x[t, ...] where slot_mapping[t] >= 0; nothing at all where it is negative.
 
     `layout` says how the entries lie in a block: None, one after the other; "segmented", the columns of the first part of the row
     that `x` was made of for all slots, then those of the second part.  A cache of bytes takes `x` of any type, from byte `column`
@@ -249,7 +250,7 @@ class CacheWrite(Stage):
             return cache
         if self.column:
             raise self.reject(f"column={self.column}: {self.cache} is {cache}, only a cache of bytes is written in parts")
-        if len(x.shape) != 2 or x.width != cache.width:
+        if len(x.shape) < 2 or x.shape[0] != "T" or x.shape[1:] != cache.shape[1:]:
             raise self.reject(f"{self.x} {x} does not fill the entries of {self.cache} {cache}")
         if x.dtype != cache.dtype:
             raise self.reject(f"{self.x} is {x.dtype} and {self.cache} is {cache.dtype}: Quantize comes before CacheWrite")

@@ -16,8 +16,9 @@ from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize
 class Sink:
     """Where rows end: an output tensor, its type, and how a row is converted and addressed.
 
-    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] that go to the cache.  `width` and `stored` are those of the
-    tensor's rows.  Where the rows have scales of their own, `groups` computes them and `scale_write` puts them in the cache.
+    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] or [T,K,:] that go to the cache.  `width` and `stored` are
+    those of the tensor's rows.  Where the rows have scales of their own, `groups` computes them and `scale_write` puts them in the
+    cache.
     """
 
     role: str
@@ -44,7 +45,8 @@ class Sink:
 class Segment:
     """`source`, carried through at most one of `absorb` and `rope`, to columns [column, column + width) of a sink's rows.
 
-    `carried` is the type to which the value is rounded before the sink's conversion; fp32 means that it is not rounded.
+    `carried` is the type to which the value is rounded before the sink's conversion; fp32 means that it is not rounded.  `heads`
+    is the argument that says how many rows a token has, "heads" or "kv_heads"; None means one.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Segment:
     rope: Rope | None
     carried: DType
     sink: Sink
+    heads: str | None
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,8 @@ def _row_segments(program: Program, types: Types, sink: Sink) -> list[Segment]:
         verb = "absorb" if absorb else "rotate" if rope else "copy"
         width = types[part].width
         name = f"{verb}_{source}"
-        segments.append(Segment(name, source, types[source].width, width, column, absorb, rope, types[part].dtype, sink))
+        heads = None if len(types[source].shape) == 2 else "heads" if sink.role == "q" else "kv_heads"
+        segments.append(Segment(name, source, types[source].width, width, column, absorb, rope, types[part].dtype, sink, heads))
         column += width
     return segments
 

@@ -114,13 +114,13 @@ class Kernel:
         stride, other strides free.  packed: what pack_weights gave, None where weight="none".  kv_cache [blocks, block_size, L+R]:
         the model's dtype, the arch's fp8, or uint8 seen as that; with kv_layout="segmented" [blocks, block_size * (L+R)], a block
         the latent columns of its slots and then their rotary ones; with "fp8_ds_mla" uint8 [blocks, block_size, L + 4 * L/128 +
-        2 * R].  slot_mapping [>= T], positions [T]: int64 or int32; a negative slot leaves the cache alone, a position is clamped
-        to the table.  The rows of q_out and of the cache are [latent | rotary],
-        or [rotary | latent] where the spec has nope_first=False.  cos_sin_cache [max_position, R] = [cos | sin], or the pair
-        (cos, sin) [max_position, R/2] each: the model's dtype or fp32.  q_scale, k_scale: fp32, 0-dim or [1], on the device,
-        value = code * scale; None is 1; not read where the output is not fp8, nor k_scale with fp8_ds_mla, whose scales are made
-        here.  positions and cos_sin_cache are not read, and may be None, where rope_style is "none"; k_pe may be None where
-        rope_dim is 0.
+        2 * R].  With K > 1 KV heads: kv_c [T,K,L], k_pe [T,K,R], kv_cache [blocks, block_size, K, L+R].  slot_mapping [>= T],
+        positions [T]: int64 or int32; a negative slot leaves the cache alone, a position is clamped to the table.  The rows of
+        q_out and of the cache are [latent | rotary], or [rotary | latent] where the spec has nope_first=False.  cos_sin_cache
+        [max_position, R] = [cos | sin], or the pair (cos, sin) [max_position, R/2] each: the model's dtype or fp32.  q_scale,
+        k_scale: fp32, 0-dim or [1], on the device, value = code * scale; None is 1; not read where the output is not fp8, nor
+        k_scale with fp8_ds_mla, whose scales are made here.  positions and cos_sin_cache are not read, and may be None, where
+        rope_style is "none"; k_pe may be None where rope_dim is 0.
 
         On a GPU the launch goes to the caller's current stream and returns at once; nothing is allocated when `out` is given.
         Raises ArgumentError, naming the argument, what it was and what it may be, before anything is launched.
@@ -166,8 +166,9 @@ class Kernel:
         variant = next(each for each in self.variants if each.range.tokens is None or bound.tokens <= each.range.tokens)
         generated = variant.generated
         launch = generated.schedule.launch(
-            generated.lowered.segments, bound.tokens, self.spec.heads, token_tiles=variant.range.token_tiles
-        )
+            generated.lowered.segments, bound.tokens, self.spec.heads, token_tiles=variant.range.token_tiles,
+            kv_heads=self.spec.kv_heads,
+        )  # fmt: skip
         threads = generated.schedule.threads
         if launch.grid * threads > MAX_WORK_ITEMS:
             raise ArgumentError(f"q: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")

@@ -35,12 +35,13 @@ def request(
     rounding: str = "fused",
     fp8_max: float | None = None,
     nope_first: bool = True,
+    kv_heads: int = 1,
     kv_layout: str = "paged",
 ) -> Request:
     """The request for a model (preset or path).  Raises ModelError or SpecError."""
     spec = PrologueSpec.from_model(
         model, tp=tp, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max, nope_first=nope_first,
-        kv_layout=kv_layout,
+        kv_heads=kv_heads, kv_layout=kv_layout,
     )  # fmt: skip
     spec.program(target)
     return Request(resolve_model(model).name, tp, spec, target)

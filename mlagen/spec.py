@@ -37,6 +37,7 @@ class PrologueSpec:
     final conversion, "stepwise" rounds to the model dtype where separate operators would.  fp8_max lowers the magnitude at which
     fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.  nope_first: in the rows of both outputs the L latent
     columns come before the R rotary ones; False is the other way round.
+    kv_heads: KV heads K of this rank; with several kv_c is [T,K,L], k_pe [T,K,R] and the cache [blocks, block_size, K, L+R].
     kv_layout: "paged", where the entries of a block follow one another; "segmented", the pages of AITER's `_seg` operators, flat
     [blocks, block_size * (L+R)]: the latent columns of all slots of a block, then the rotary columns of all; "fp8_ds_mla", vLLM's
     format for sparse attention, bytes: L fp8 codes, L/128 fp32 scales of 128 codes each, which the kernel computes (ir.GroupScale),
@@ -57,6 +58,7 @@ class PrologueSpec:
     rounding: str = "fused"
     fp8_max: float | None = None
     nope_first: bool = True
+    kv_heads: int = 1
     kv_layout: str = "paged"
 
     def __post_init__(self) -> None:
@@ -82,7 +84,10 @@ class PrologueSpec:
             raise SpecError(f"nope_first={self.nope_first!r}: must be True or False")
         if self.rope_dim == 0:
             object.__setattr__(self, "nope_first", True)  # one part has no order: it is the same kernel
+        self._check_width("kv_heads", 1, MAX_HEADS, 1)
         self._check_choice("kv_layout", KV_LAYOUTS)
+        if self.kv_layout != "paged" and self.kv_heads > 1:
+            raise SpecError(f"kv_heads={self.kv_heads} with kv_layout={self.kv_layout!r}: its entries are those of one KV head")
         if self.kv_layout != "paged" and not self.nope_first:
             reason = "this layout has the latent columns first; leave nope_first out, or use kv_layout='paged'"
             raise SpecError(f"kv_layout={self.kv_layout!r} with nope_first=False: {reason}")
@@ -134,6 +139,7 @@ class PrologueSpec:
         rounding: str = "fused",
         fp8_max: float | None = None,
         nope_first: bool = True,
+        kv_heads: int = 1,
         kv_layout: str = "paged",
     ) -> "PrologueSpec":
         """The spec of a preset, of a config.json, or of a directory that holds one, on one of `tp` ranks.
@@ -154,6 +160,7 @@ class PrologueSpec:
             rounding=rounding,
             fp8_max=fp8_max,
             nope_first=nope_first,
+            kv_heads=kv_heads,
             kv_layout=kv_layout,
         )
 
@@ -171,6 +178,11 @@ class PrologueSpec:
     def entry_dim(self) -> int:
         """Width of a row of q_out and of a cache entry: L + R."""
         return self.lora_rank + self.rope_dim
+
+    @property
+    def kv_inner(self) -> tuple[int, ...]:
+        """What stands between the tokens, or the slots, and the columns of kv_c, k_pe and the cache: K, where there are several."""
+        return (self.kv_heads,) if self.kv_heads > 1 else ()
 
     @property
     def scale_groups(self) -> int:
@@ -251,14 +263,15 @@ class PrologueSpec:
             latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried))
         q_out = row("q_out", latent, "q_pe", ("T", "H", self.rope_dim), self.q_dtype, "q_scale")
         results = [q_out]
+        inner = ("K",) if self.kv_heads > 1 else ()
 
         def written(entry: str, name: str, column: int = 0) -> None:
             slots = take("slot_mapping", ("T",), DType.INT64)
-            cache = take("kv_cache", ("N", self.cache_width), self.cache_dtype(target))
+            cache = take("kv_cache", ("N", *inner, self.cache_width), self.cache_dtype(target))
             layout = "segmented" if self.kv_layout == "segmented" else None
             results.append(add(CacheWrite(name, entry, cache, slots, layout, column)))
 
-        kv_c = take("kv_c", ("T", self.lora_rank), dtype)
+        kv_c = take("kv_c", ("T", *inner, self.lora_rank), dtype)
         if self.kv_layout == "fp8_ds_mla":
             scales = add(GroupScale("kv_scales", kv_c, SCALE_GROUP, SCALE_DIVISOR[target.fp8], LEAST_SCALE))
             written(add(Quantize("kv_codes", kv_c, target.fp8, scales)), "kv_codes_written")
@@ -267,7 +280,7 @@ class PrologueSpec:
                 rotary = add(Quantize("kv_pe", rotated(take("k_pe", ("T", self.rope_dim), dtype)), dtype))
                 written(rotary, "kv_pe_written", self.rotary_byte)
         else:
-            entry = row("kv_entry", kv_c, "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")
+            entry = row("kv_entry", kv_c, "k_pe", ("T", *inner, self.rope_dim), self.kv_dtype, "k_scale")
             written(entry, "kv_cache_written")
         program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), tuple(results))
         program.verify()

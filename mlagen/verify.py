@@ -1,5 +1,6 @@
 """verify: runs a kernel on random inputs and compares every byte with the oracle."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -88,8 +89,8 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     inputs = {
         "q_nope": activation(tokens, spec.heads, spec.q_nope_dim),
         "q_pe": activation(tokens, spec.heads, spec.rope_dim),
-        "kv_c": activation(tokens, spec.lora_rank),
-        "k_pe": activation(tokens, spec.rope_dim),
+        "kv_c": activation(tokens, *spec.kv_inner, spec.lora_rank),
+        "k_pe": activation(tokens, *spec.kv_inner, spec.rope_dim),
         "cos_sin_cache": torch.cat((angles.cos(), angles.sin()), -1).to(dtype),
         "positions": positions,
         "slot_mapping": slots,
@@ -103,7 +104,7 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     rows = spec.heads + 1  # head room: heads that the kernel must leave alone
     q_out = Guarded((tokens, rows, width), (rows * width, width, 1), q_dtype, device)
     shape = cache_shape(spec, blocks, BLOCK_SIZE)
-    strides = (shape[1] + 64, 1) if len(shape) == 2 else (shape[1] * shape[2] + 64, shape[2], 1)
+    strides = (math.prod(shape[1:]) + 64, *(math.prod(shape[axis + 1 :]) for axis in range(1, len(shape))))
     kv_cache = Guarded(shape, strides, kv_dtype, device)
     return Case(inputs, q_out, kv_cache)
 

@@ -32,7 +32,7 @@ class Workload:
     q [T,H,P+R] (or [T,H,L+R] where the spec does not absorb), kv_c [T,L], k_pe [T,R] and cos_sin_cache [MAX_POSITION,R] in the
     model's dtype; w_uk: for each layer [H,P,L], none where the spec does not absorb; caches: for each layer [slots, L+R] in the
     cache's dtype, which paged() sees as blocks; slot_mapping and positions int64 [T], every slot another and none negative;
-    q_scale and k_scale fp32 [1].
+    q_scale and k_scale fp32 [1].  Of several KV heads kv_c, k_pe and the caches have their number before the columns.
     """
 
     spec: PrologueSpec
@@ -101,15 +101,15 @@ def make_workload(
         spec=spec,
         target=target,
         q=draw(tokens, spec.heads, spec.q_nope_dim + spec.rope_dim),
-        kv_c=draw(tokens, spec.lora_rank),
-        k_pe=draw(tokens, spec.rope_dim),
+        kv_c=draw(tokens, *spec.kv_inner, spec.lora_rank),
+        k_pe=draw(tokens, *spec.kv_inner, spec.rope_dim),
         cos_sin_cache=torch.cat((angles.cos(), angles.sin()), -1).to(model),
         positions=torch.randint(0, MAX_POSITION, (tokens,), generator=generator, device=device),
         slot_mapping=torch.randperm(slots, generator=generator, device=device)[:tokens],
         q_scale=scale,
         k_scale=scale,
         w_uk=tuple(draw(*weight, scale=spec.nope_dim**-0.5) for _ in range(layers if spec.absorbs else 0)),
-        caches=tuple(torch.zeros(slots, spec.cache_width, dtype=cache_dtype, device=device) for _ in range(layers)),
+        caches=tuple(torch.zeros(slots, *spec.kv_inner, spec.cache_width, dtype=cache_dtype, device=device) for _ in range(layers)),
     )
 
 

@@ -9,12 +9,13 @@ from mlagen.build import build
 from mlagen.shipped import request
 from mlagen.target import find_target
 
-CACHES = ("segmented", "fp8_ds_mla")
+CACHES = {"segmented": {"kv_layout": "segmented"}, "fp8_ds_mla": {"kv_layout": "fp8_ds_mla"}, "kvheads": {"kv_heads": 4}}
+"""What is asked for, by what the names of the kernels say of it."""
 
 
 def resources(out: Path, arch: str, layout: str) -> list[dict[str, int]]:
     """Of every kernel of DeepSeek-R1 at TP 8 with a cache of this layout."""
-    wanted = request("deepseek-r1", 8, find_target(arch), kv_layout=layout)
+    wanted = request("deepseek-r1", 8, find_target(arch), **CACHES[layout])
     build([wanted], out, progress=lambda name, done, total: None)
     kernels = json.loads((out / "manifest.json").read_text())["kernels"]
     assert all(layout in name for name in kernels)

@@ -43,6 +43,24 @@ def test_a_captured_call_reads_what_its_inputs_hold_at_replay(is_nope_first):
     assert not wrong(on(captured, "cpu"), arch)
 
 
+@pytest.mark.parametrize("is_nope_first", [True, False])
+def test_several_kv_heads_are_each_what_it_is_alone(is_nope_first):
+    arch, heads = device_arch(0), 3
+    call = on(make_call(arch=arch, is_nope_first=is_nope_first), "cuda")
+    cache, factors = call["kv_cache"], torch.arange(1, heads + 1, device="cuda")[:, None].bfloat16()
+    several = {**call, **{name: call[name][:, None] * factors for name in ("kv_c", "k_pe")}, "q_out": call["q_out"].clone()}
+    several["kv_cache"] = cache.view(torch.uint8).unsqueeze(2).repeat(1, 1, heads, 1).view(cache.dtype)
+    fused_qk_rope_concat_and_cache_mla(**several)
+    for head in range(heads):
+        alone = {**call, "kv_cache": cache.view(torch.uint8).clone().view(cache.dtype)}
+        alone |= {name: several[name][:, head] for name in ("kv_c", "k_pe")}
+        fused_qk_rope_concat_and_cache_mla(**alone)
+        torch.cuda.synchronize()
+        assert not wrong(on(alone, "cpu"), arch)
+        assert torch.equal(several["kv_cache"].view(torch.uint8)[:, :, head], alone["kv_cache"].view(torch.uint8))
+        assert torch.equal(several["q_out"].view(torch.uint8), alone["q_out"].view(torch.uint8))
+
+
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize(("q", "kv"), [("fp8", "fp8"), ("model", "model")])
 def test_segmented_pages_are_those_of_the_cpu(is_neox, q, kv):

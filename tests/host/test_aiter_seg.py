@@ -96,6 +96,10 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda call: {"kv_cache": call["kv_cache"].view(torch.uint8)[0, 0]}, "kv_cache: shape [], strides [], expected [pages,"),
     (lambda call: {"q_out": call["q_out"][..., :79]}, "q_out: shape [7, 3, 79], expected [7, >=3, 80]"),
     (lambda call: {"q_out": call["q_out"][0]}, "q_out: shape [3, 83], expected [7, >=3, 80]"),
+    (
+        lambda call: {"kv_c": call["kv_c"][:, None].repeat(1, 2, 1)},
+        "kv_c: shape [7, 2, 64], kv_heads=2 with kv_layout='segmented': its entries are those of one KV head",
+    ),
     (lambda call: {"q_nope": None}, "q_nope: expected a tensor, got NoneType"),
 ]
 

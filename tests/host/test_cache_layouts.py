@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sweep import ARCHS
 
-from mlagen import verify
+from mlagen import toolchain, verify
 from mlagen.cache_layout import cache_shape, entries, parts, written
 from mlagen.errors import ArgumentError
 from mlagen.guarded import GUARD
@@ -258,6 +258,87 @@ def test_an_fp8_ds_mla_cache_of_another_kind_is_refused(dtype, width, message):
     with pytest.raises(ArgumentError) as caught:
         kernel(**{**launch.arguments, "kv_cache": torch.zeros(2, 16, width, dtype=dtype)})
     assert str(caught.value).startswith(message)
+
+
+# Several KV heads
+
+KV_HEADS = {
+    "fp8": {},
+    "neox, rope first": {"rope_style": "neox", "nope_first": False, "q_dtype": "bf16"},
+    "bf16": {"kv_dtype": "bf16", "rope_dim": 6, "weight": "none"},
+    "copied": {"kv_dtype": "bf16", "rope_style": "none"},
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("changes", [*KV_HEADS.values(), {"rope_dim": 0, "rope_style": "none"}], ids=[*KV_HEADS, "no rope"])
+def test_the_oracle_explains_several_kv_heads(arch, changes):
+    """More than the query's three heads, and fewer: one kernel."""
+    for heads in (2, 5):
+        kernel = load(small_spec(kv_heads=heads, **changes), "cpu", arch=arch)
+        for seed, workload in enumerate(WORKLOADS.values()):
+            check(kernel, workload, seed=seed)
+
+
+@given(
+    changes=st.sampled_from(list(KV_HEADS.values())),
+    arch=st.sampled_from(ARCHS),
+    heads=st.integers(2, 6),
+    tokens=st.integers(0, 12),
+    block_size=st.integers(1, 5),
+    gap=st.integers(0, 9),
+    head_first=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_bytes_of_several_kv_heads(changes, arch, heads, tokens, block_size, gap, head_first, seed):
+    """Each head's row at the token's slot; with the heads inside a slot or, as strides allow, a block of slots for each head."""
+    spec = small_spec(kv_heads=heads, **changes)
+    kernel = load(spec, "cpu", arch=arch)
+    dtype = torch_dtype(spec.output_dtype(spec.kv_dtype, kernel.target))
+    inputs, blocks = inputs_of(kernel, tokens, seed), tokens // block_size + 2
+    inputs["slot_mapping"] = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(seed))[:tokens]
+    inputs["slot_mapping"][1::4] = -1
+    middle = (heads, block_size) if head_first else (block_size, heads)
+    memory = torch.full((blocks, *middle, (spec.entry_dim + gap) * dtype.itemsize), GUARD, dtype=torch.uint8)
+    expected = memory.clone()
+    cache, wanted = (each.transpose(1, 2) if head_first else each for each in (memory, expected))
+    run(kernel, inputs, cache.view(dtype)[..., : spec.entry_dim])
+    for head in range(heads):
+        k_pe = inputs["k_pe"][:, head].float()
+        parts_ = [inputs["kv_c"][:, head].float(), k_pe if spec.rope_style == "none" else rotated(k_pe, inputs, spec.rope_style)]
+        rows = stored(torch.cat(parts_ if spec.nope_first else parts_[::-1], -1), inputs["k_scale"], dtype)
+        for token, slot in enumerate(inputs["slot_mapping"].tolist()):
+            if slot >= 0:
+                wanted[slot // block_size, slot % block_size, head, : rows.shape[1]] = rows[token]
+    assert torch.equal(memory, expected)
+
+
+def test_kernels_of_several_kv_heads_are_one(monkeypatch):
+    load(small_spec(kv_heads=2), "cpu", arch="gfx942")
+    monkeypatch.setattr(toolchain, "compile_host", None)
+    check(load(small_spec(kv_heads=7), "cpu", arch="gfx942"), Workload())
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "message"),
+    [
+        ("kv_c", (slice(None), 0), "kv_c: shape [5, 96], expected [5, 2, 96]"),
+        ("kv_c", (slice(None), slice(1)), "kv_c: shape [5, 1, 96], expected [5, 2, 96]"),
+        ("k_pe", (slice(None), 0), "k_pe: shape [5, 32], expected [5, 2, 32]"),
+        ("k_pe", (slice(None), slice(1)), "k_pe: shape [5, 1, 32], expected [5, 2, 32]"),
+        ("kv_cache", (slice(None), slice(None), 0), "kv_cache: shape [2, 16, 128], expected [any, >=1, 2, 128]"),
+    ],
+)
+def test_tensors_of_another_number_of_kv_heads_are_refused(name, index, message):
+    kernel = load(small_spec(kv_heads=2), "cpu", arch="gfx950")
+    launch = make_launch(kernel, Workload(tokens=5))
+    before = output_bytes(launch).clone()
+    for _ in range(2):
+        with pytest.raises(ArgumentError) as caught:
+            kernel(**{**launch.arguments, name: launch.arguments[name][index]})
+        assert str(caught.value).startswith(message)
+    assert torch.equal(output_bytes(launch), before)
+    check(kernel, Workload(tokens=5))
 
 
 def test_a_layout_is_read_where_it_is_written():

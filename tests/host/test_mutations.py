@@ -29,6 +29,7 @@ SPECS = {
     "fp16": small_spec(dtype="fp16", q_dtype="fp16"),
     "rope first": small_spec(nope_first=False),
     "segmented": small_spec(kv_layout="segmented"),
+    "KV heads": small_spec(kv_heads=3),
     "fp8_ds_mla": small_spec(kv_layout="fp8_ds_mla", lora_rank=256),
 }
 
@@ -92,6 +93,10 @@ MUTATIONS = (
     Mutation("segmented entries", "before + place * width", "before + place * 128", spec="segmented"),
     Mutation("segments of another width", "cache_part(args, slot, 96, 32)", "cache_part(args, slot, 96, 16)", spec="segmented"),
     Mutation("segments before the first", "cache_part(args, slot, 0, 96)", "cache_part(args, slot, 32, 96)", spec="segmented"),
+    Mutation("one entry for all KV heads", " + head * args.kv_head_stride", "", spec="KV heads"),
+    Mutation("one latent for all KV heads", " + head * args.kv_c_head_stride", "", spec="KV heads"),
+    Mutation("one rotary part for all KV heads", " + head * args.k_pe_head_stride", "", spec="KV heads"),
+    Mutation("KV heads as many as heads", "heads = args.kv_heads;", "heads = args.kv_heads - 1;", spec="KV heads"),
     Mutation("a scale for half a group", "LANES / 2; distance > 0", "LANES / 4; distance > 0", spec="fp8_ds_mla"),
     Mutation("a scale for the row", "group_scale<8>", "group_scale<16>", spec="fp8_ds_mla"),
     Mutation("a scale that is no power of two", "(bits + 0x7fffff) & 0xff800000", "bits", spec="fp8_ds_mla"),

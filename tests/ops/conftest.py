@@ -27,6 +27,7 @@ SETUPS = {
     "no-rope": ("gfx942", PrologueSpec(**{**SMALL, "rope_dim": 0, "rope_style": "none"})),
     "segmented": ("gfx942", PrologueSpec(**SMALL, kv_layout="segmented")),
     "fp8_ds_mla": ("gfx950", PrologueSpec(**{**SMALL, "lora_rank": 128}, kv_layout="fp8_ds_mla")),
+    "KV heads": ("gfx942", PrologueSpec(**SMALL, kv_heads=2)),
     "absorbed": ("sm_90", PrologueSpec(**SMALL, dtype="fp16", weight="none", q_dtype="fp16")),  # with an fp8 cache
 }
 

@@ -41,7 +41,8 @@ def test_each_spec_has_one_text_that_gives_it_back():
     specs |= {dataclasses.replace(spec, rounding="stepwise") for spec in specs}
     specs |= {dataclasses.replace(spec, fp8_max=224) for spec in specs if "fp8" in (spec.q_dtype, spec.kv_dtype)}
     specs |= {dataclasses.replace(spec, nope_first=False) for spec in specs}
-    usual = {spec for spec in specs if spec.nope_first}
+    specs |= {dataclasses.replace(spec, kv_heads=2) for spec in specs}
+    usual = {spec for spec in specs if spec.nope_first and spec.kv_heads == 1}
     specs |= {dataclasses.replace(spec, kv_layout="segmented") for spec in usual}
     scaled = {spec for spec in usual if spec.kv_dtype == "fp8" and (spec.fp8_max is None or spec.q_dtype == "fp8")}
     specs |= {dataclasses.replace(spec, kv_layout="fp8_ds_mla") for spec in scaled if spec.lora_rank % 128 == 0}
@@ -55,7 +56,7 @@ def test_the_text_is_legible_and_safe_to_quote():
     assert ops.spec_to_str(spec) == (
         "heads=16,nope_dim=128,lora_rank=512,rope_dim=64,rope_style=gptj,"
         "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True,"
-        "kv_layout=paged"
+        "kv_heads=1,kv_layout=paged"
     )
 
 

@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "largest": {"heads": 4096, "nope_dim": 512, "lora_rank": 2048, "rope_dim": 512},
     "limit": {"fp8_max": 224.0},
     "rope first": {"nope_first": False},
+    "KV heads": {"kv_heads": 2},
+    "KV heads, copied": {"kv_heads": 4096, "kv_dtype": "bf16", "rope_style": "none", "weight": "none"},
     "segmented": {"kv_layout": "segmented"},
     "fp8_ds_mla": {"kv_layout": "fp8_ds_mla"},
     "fp8_ds_mla, copied": {"kv_layout": "fp8_ds_mla", "weight": "none", "rope_style": "none", "lora_rank": 2048},

@@ -209,6 +209,11 @@ REJECTED = {
     "an entry too narrow": (program(kv_cache=tensor("N", 640, dtype=FN)), "CacheWrite 'written'", "does not fill"),
     "rows of heads": (changed(WRITE, x="q_out"), "CacheWrite 'written'", "does not fill"),
     "another flavour": (program(kv_cache=tensor("N", 576, dtype=DType.E4M3FNUZ)), "CacheWrite 'written'", "Quantize comes before"),
+    "KV heads in one entry": (
+        program(kv_c=tensor("T", "K", 512), k_pe=tensor("T", "K", 64)),
+        "CacheWrite 'written'",
+        "does not fill",
+    ),
     "slots of float": (program(slot_mapping=tensor("T", dtype=FP32)), "CacheWrite 'written'", "expected int32[T] or int64[T]"),
 }
 
@@ -310,6 +315,13 @@ def test_scales_go_with_their_codes():
     (segment,) = lower(scaled()).segments
     assert (segment.name, segment.sink.groups, segment.sink.scale_write) == ("copy_kv_c", SCALES, SCALES_WRITE)
     assert (segment.sink.stored, segment.sink.scale) == (DType.UINT8, None)
+
+
+def test_segments_know_their_heads():
+    several = program(kv_c=tensor("T", "K", 512), k_pe=tensor("T", "K", 64), kv_cache=tensor("N", "K", 576, dtype=FN))
+    for each, kv in ((program(), None), (several, "kv_heads")):
+        heads = {segment.name: segment.heads for segment in lower(each).segments}
+        assert heads == {"rotate_k_pe": kv, "rotate_q_pe": "heads", "copy_kv_c": kv, "absorb_q_nope": "heads"}
 
 
 def test_segments_know_their_columns():

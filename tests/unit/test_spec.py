@@ -46,6 +46,8 @@ def test_what_is_filled_in():
         {"fp8_max": 224},
         {"fp8_max": 0.5, "kv_dtype": "bf16"},
         {"nope_first": False, "rope_dim": 2},
+        {"kv_heads": 2},
+        {"kv_heads": MAX_HEADS, "rope_dim": 0, "rope_style": "none", "kv_dtype": "bf16"},
         {"kv_layout": "fp8_ds_mla"},
         {"kv_layout": "fp8_ds_mla", "lora_rank": 128, "rope_dim": 2, "q_dtype": "bf16", "rope_style": "neox"},
         {"kv_layout": "fp8_ds_mla", "fp8_max": 224.0},
@@ -107,6 +109,11 @@ REFUSED = [
         "kv_layout='fp8_ds_mla' with fp8_max=224",
         "leave fp8_max out",
     ),
+    ({"kv_heads": 0}, "kv_heads=0", "from 1"),
+    ({"kv_heads": MAX_HEADS + 1}, "kv_heads=", str(MAX_HEADS)),
+    ({"kv_heads": 2.0}, "kv_heads=2.0", "integer"),
+    ({"kv_heads": 2, "kv_layout": "segmented"}, "kv_heads=2 with kv_layout='segmented'", "one KV head"),
+    ({"kv_heads": 2, "kv_layout": "fp8_ds_mla"}, "kv_heads=2 with kv_layout='fp8_ds_mla'", "one KV head"),
     ({"kv_layout": "flat"}, "kv_layout='flat'", "paged, segmented, fp8_ds_mla"),
     ({"kv_layout": None}, "kv_layout=None", "paged, segmented"),
     ({"kv_layout": "segmented", "nope_first": False}, "kv_layout='segmented' with nope_first=False", "the latent columns first"),
@@ -146,6 +153,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
+    kv_heads=field(1, 2),
     kv_layout=field("paged", "segmented", "fp8_ds_mla"),
     arch=st.sampled_from(list(TARGETS)),
 )
@@ -223,6 +231,7 @@ def test_without_rope_nothing_of_it_is_left():
         {"nope_first": False},
         {"kv_layout": "segmented"},
         {"kv_layout": "fp8_ds_mla"},
+        {"kv_heads": 2},
     ],
     ids=str,
 )
@@ -289,6 +298,8 @@ def test_kernels_that_coincide_share_a_name():
     for changes in ({"heads": 3}, {"fp8_max": 240.0}):
         plain, other = (generate(each, target) for each in (spec(), spec(**changes)))
         assert plain.name == other.name
+    several = [generate(spec(kv_heads=heads), target) for heads in (2, 7)]
+    assert several[0].source == several[1].source
     absorbed = [generate(spec(weight="none", nope_dim=width), target) for width in (64, 128)]
     assert absorbed[0].source == absorbed[1].source
 
