@@ -15,6 +15,9 @@ from mlagen.errors import ArgumentError
 from mlagen.guarded import GUARD
 from mlagen.runtime import Kernel, load
 from mlagen.target import TARGETS
+from mlagen.timing.candidate import kernel_candidate
+from mlagen.timing.check import Oracle, explained
+from mlagen.timing.workload import BLOCK_SIZE, make_workload
 from mlagen.torch_types import torch_dtype
 
 pytestmark = pytest.mark.host
@@ -410,3 +413,31 @@ def test_a_segmented_cache_beyond_32_bits(sparse):
     kernel(**{**dense.arguments, "kv_cache": cache, "slot_mapping": torch.tensor([page + 3])})
     assert torch.equal(cache[1, 3 * 96 :][:96], row[:96])
     assert torch.equal(cache[1, page * 96 + 3 * 32 :][:32], row[96:128])
+
+
+# What is timed
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        small_spec(kv_layout="segmented"),
+        small_spec(kv_layout="fp8_ds_mla", lora_rank=128),
+        small_spec(kv_heads=2),
+        small_spec(kv_heads=2, kv_dtype="bf16", nope_first=False),
+    ],
+    ids=["segmented", "fp8_ds_mla", "KV heads", "KV heads, bf16"],
+)
+def test_other_caches_are_read_where_they_are_written(spec):
+    """The kernel's own result on the CPU is explained, and one wrong byte of an entry is not."""
+    kernel = load(spec, "cpu", arch="gfx942")
+    oracle = Oracle.of(make_workload(spec, kernel.target, 5, 2, device="cpu"), 1)
+    result = kernel_candidate(kernel, oracle.workload).launch(1)
+    assert explained(oracle, result) == ""
+    assert oracle.workload.caches[1].any()
+    slot = int(oracle.workload.slot_mapping[3])
+    block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    cache = oracle.workload.paged(1).view(torch.uint8)
+    first = cache[block, place * spec.lora_rank :] if spec.kv_layout == "segmented" else cache[block, place].flatten()
+    first[0] ^= 0x41
+    assert explained(oracle, result).startswith("kv_cache")
