@@ -48,8 +48,9 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
     def int64(name: str, meaning: str) -> None:
         arguments.append(Argument(name, "int64", "int64_t", meaning))
 
-    def source(name: str, by_head: bool) -> None:
-        rows = "T, H" if by_head else "T"
+    def source(name: str) -> None:
+        by_head = sources[name].heads is not None
+        rows = {"heads": "T, H", "kv_heads": "T, K", None: "T"}[sources[name].heads]
         pointer(name, f"const {element}", f"[{rows}, {sources[name].source_width}]")
         int64(f"{name}_token_stride", f"of {name}, in elements")
         if by_head:
@@ -63,7 +64,7 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
             pointer("w_uk", "const uint8_t", f"packed: [H, {head_bytes}], codes and their scales")
     first = lowered.absorb.source if lowered.absorb else None
     if first:
-        source(first, by_head=True)
+        source(first)
     int32("tokens", "T")
     if q:
         int32("heads", "H of this rank")
@@ -74,8 +75,8 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
         else:
             int32("row_workgroups", "those before the first that absorbs")
     for sink in (q, kv):
-        if sink and sink.quantize.scale:
-            pointer(sink.quantize.scale, "const float", "[1], dequantisation scale")
+        if sink and sink.scale:
+            pointer(sink.scale, "const float", "[1], dequantisation scale")
     if lowered.ropes:
         pointer("positions", "const void", "[T]")
         pointer("cos", "const void", "[max_position, R/2]")
@@ -87,16 +88,22 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
         int32("cos_sin_float", f"1: cos and sin are float, 0: {element}")
     for segment in sorted(lowered.segments, key=lambda segment: (segment.sink.role != "q", segment.column)):
         if segment.source != first:
-            source(segment.source, by_head=segment.sink.role == "q")
+            source(segment.source)
     if q:
         pointer(q.tensor, q.quantize.dtype.value.cpp, f"[T, >= H, {q.width}]")
         int64("q_out_token_stride", f"of {q.tensor}, in elements")
         int64("q_out_head_stride", f"of {q.tensor}, in elements")
     if kv:
         pointer("slot_mapping", "const void", "[>= T], negative: leave the cache alone")
-        pointer(kv.tensor, kv.quantize.dtype.value.cpp, f"[blocks, block_size, {kv.width}]")
+        several = any(segment.heads == "kv_heads" for segment in lowered.segments)
+        slots = "block_size *" if kv.segmented else "block_size, K," if several else "block_size,"
+        pointer(kv.tensor, kv.stored.value.cpp, f"[blocks, {slots} {kv.width}]")
         int64("block_stride", f"of {kv.tensor}, in elements")
-        int64("entry_stride", "of a slot within its block, in elements")
+        if not kv.segmented:
+            int64("entry_stride", "of a slot within its block, in elements")
+        if several:
+            int32("kv_heads", "K of this rank")
+            int64("kv_head_stride", "of a KV head within its slot, in elements")
         int32("block_size", "slots of a block")
         arguments.append(Argument("block_reciprocal", "uint64", "uint64_t", "2^63 / block_size + 1: divides slots"))
         int32("slots_int64", "1: slot_mapping is int64, 0: int32")

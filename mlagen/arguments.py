@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlagen.cache_layout import slots_of_block
 from mlagen.dtypes import model_dtype
 from mlagen.errors import ArgumentError
 from mlagen.ir import MX_GROUP, SCALE_BLOCK
@@ -194,11 +195,24 @@ class Checker:
         return tensor
 
     def cache(self, value: object) -> torch.Tensor:
-        """kv_cache [blocks, block_size, L+R]; uint8 is read as the arch's fp8."""
-        dtypes = (self.fp8, torch.uint8) if self.spec.kv_dtype == "fp8" else (self.model,)
-        cache = self.distinct_rows("kv_cache", self.tensor("kv_cache", value, (None, ">=1", self.spec.entry_dim), dtypes))
-        if cache.shape[0] * cache.shape[1] ** 2 >= RECIPROCAL_ONE:
-            raise ArgumentError(f"kv_cache: {cache.shape[0]} blocks of {cache.shape[1]} slots are more than the kernel can number")
+        """kv_cache [blocks, block_size, L+R], or as the spec's layout has it; uint8 is read as the arch's fp8."""
+        spec = self.spec
+        dtypes: tuple[torch.dtype, ...] = (self.fp8, torch.uint8) if spec.kv_dtype == "fp8" else (self.model,)
+        if spec.kv_layout == "fp8_ds_mla":
+            dtypes = (torch.uint8,)
+        if spec.kv_layout == "segmented":
+            cache = self.tensor("kv_cache", value, (None, f">={spec.entry_dim}"), dtypes)
+            if cache.shape[1] % spec.entry_dim:
+                raise ArgumentError(
+                    f"kv_cache: shape {list(cache.shape)}, expected [blocks, block_size * {spec.entry_dim}]: a segmented block is "
+                    f"whole slots of {spec.lora_rank} latent and {spec.rope_dim} rotary columns"
+                )
+        else:
+            cache = self.tensor("kv_cache", value, (None, ">=1", *spec.kv_inner, spec.cache_width), dtypes)
+        self.distinct_rows("kv_cache", cache)
+        block_size = slots_of_block(spec, cache.shape)
+        if cache.shape[0] * block_size**2 >= RECIPROCAL_ONE:
+            raise ArgumentError(f"kv_cache: {cache.shape[0]} blocks of {block_size} slots are more than the kernel can number")
         return cache
 
 
@@ -217,7 +231,7 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     given = dict(zip(TENSORS, tensors, strict=True))
     q_nope, q_pe = checker.query((given["q"], given["q_pe"]) if q_pair else given["q"])
     tokens = q_nope.shape[0]
-    latent = checker.tensor("kv_c", given["kv_c"], (tokens, spec.lora_rank), (checker.model,))
+    latent = checker.tensor("kv_c", given["kv_c"], (tokens, *spec.kv_inner, spec.lora_rank), (checker.model,))
     cache = checker.cache(given["kv_cache"])
     slots = checker.indices("slot_mapping", given["slot_mapping"], f">={tokens}")
     views = {
@@ -229,7 +243,8 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     if spec.rope_dim:
         assert q_pe is not None, "query() gives q_pe where there is one"
         k_pe = given["k_pe"]
-        shape = (tokens, 1, spec.rope_dim) if isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3 else (tokens, spec.rope_dim)
+        one_head = spec.kv_heads == 1 and isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3
+        shape = (tokens, *((1,) if one_head else spec.kv_inner), spec.rope_dim)
         views["q_pe"] = ("q_pe" if q_pair else "q", q_pe)
         views["k_pe"] = ("k_pe", checker.tensor("k_pe", k_pe, shape, (checker.model,)))
     if spec.absorbs:
@@ -260,11 +275,16 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     for name in ("kv_c", "k_pe"):
         if name in views:
             values[f"{name}_token_stride"] = views[name][1].stride(0)
+            if spec.kv_heads > 1:
+                values[f"{name}_head_stride"] = views[name][1].stride(1)
+    if spec.kv_heads > 1:
+        values |= {"kv_heads": spec.kv_heads, "kv_head_stride": cache.stride(2)}
+    block_size = slots_of_block(spec, cache.shape)
     values |= {
         "block_stride": cache.stride(0),
         "entry_stride": cache.stride(1),
-        "block_size": cache.shape[1],
-        "block_reciprocal": RECIPROCAL_ONE // cache.shape[1] + 1,
+        "block_size": block_size,
+        "block_reciprocal": RECIPROCAL_ONE // block_size + 1,
         "slots_int64": int(slots.dtype is torch.int64),
     }
     pointers = {}
@@ -276,6 +296,10 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     strides = [stride * view.element_size() for _, view in map(views.__getitem__, wide) for stride in view.stride()[:-1]]
     if not spec.nope_first:  # the latent starts that far into a row, which must not take it off its alignment
         strides += [spec.rope_dim * views[name][1].element_size() for name in ("q_out", "kv_cache")]
+    if spec.kv_layout == "segmented":  # the rotary columns of a block's slots follow one another
+        strides.append(spec.rope_dim * cache.element_size())
+    if spec.kv_layout == "fp8_ds_mla" and spec.rope_dim:
+        strides.append(spec.rotary_byte)
     return Binding(tokens, values, pointers, wide, not any(stride % WIDE_BYTES for stride in strides))
 
 

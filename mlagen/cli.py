@@ -23,6 +23,8 @@ from mlagen.cli_options import (
     Compute,
     Fp8Max,
     KvDtype,
+    KvHeads,
+    KvLayout,
     Model,
     QDtype,
     RopeFirst,
@@ -93,6 +95,8 @@ def build(
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
     compute: Compute = "a16",
+    kv_heads: KvHeads = 1,
+    kv_layout: KvLayout = "paged",
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
     toolchain: Annotated[str, typer.Option(help="auto; for AMD zig or rocm; for NVIDIA nvrtc or nvcc.")] = "auto",
     build_all: Annotated[bool, typer.Option("--all", help="Every preset, TP size, arch and dtype that the project ships.")] = False,
@@ -107,11 +111,11 @@ def build(
         raise RequestError("name one of: a MODEL, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
     options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"nope_first": not rope_first, "compute": compute}
+    options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
     if model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
-        for name in ("tp", "arch", "weight", "q_dtype", "kv_dtype", "rounding", "fp8_max", "rope_first", "compute"):
+        for name in ("tp", "arch", *options, "rope_first"):
             if _given(context, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")
@@ -162,6 +166,8 @@ def verify(
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
     compute: Compute = "a16",
+    kv_heads: KvHeads = 1,
+    kv_layout: KvLayout = "paged",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,64",
     device: Annotated[str, typer.Option(help="host: on the CPU, lane by lane; cuda, hip: on the GPU that torch sees.")] = "host",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random inputs.")] = 0,
@@ -177,7 +183,7 @@ def verify(
     except ModuleNotFoundError as error:
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
     options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"nope_first": not rope_first, "compute": compute}
+    options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
     requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
     without = [each.target.arch for each in requests if not each.target.dependent_launch]
     if pdl and without:

@@ -16,6 +16,8 @@ from mlagen.cli_options import (
     Compute,
     Fp8Max,
     KvDtype,
+    KvHeads,
+    KvLayout,
     Model,
     QDtype,
     Rounding,
@@ -47,6 +49,8 @@ def bench(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     compute: Compute = "a16",
+    kv_heads: KvHeads = 1,
+    kv_layout: KvLayout = "paged",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,64,128,256",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     peers: Annotated[str, typer.Option(help=PEERS_HELP)] = "all",
@@ -76,8 +80,8 @@ def bench(
     chosen = chosen_peers(peers)
     ending = require_plot(plot) if plot else ""
     target = find_target(gpu_arch(device))
-    options: dict[str, Any] = {"q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "compute": compute}
-    wanted = request(model, tp, target, weight=weight, fp8_max=fp8_max, **options)
+    options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
+    wanted = request(model, tp, target, **options, compute=compute, kv_heads=kv_heads, kv_layout=kv_layout)
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says while it works is no result
         report = _measure(wanted, chosen, counts, layers, repeats)
     if as_json:

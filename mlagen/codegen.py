@@ -6,6 +6,7 @@ target's own, "amd" or "nvidia", and "host", where the same text follows a libra
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -106,6 +107,10 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
         parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
     if not spec.nope_first:
         parts.append("ropefirst")
+    if spec.kv_heads > 1:
+        parts.append("kvheads")
+    if spec.kv_layout != "paged":
+        parts.append(spec.kv_layout)
     return "_".join([*parts, target.arch])
 
 
@@ -156,7 +161,7 @@ def floor_source(target: Target, platform: str | None = None) -> str:
     """Kernels that a time is compared with: mlagen_empty, which does nothing, with workgroups of FLOOR_THREADS[0], and for each N
     of FLOOR_THREADS mlagen_stream_N, which only reads and writes.  `platform` is the target's own, or "host".
     """
-    context = {"target": target, "aligned": True, "staging": None, "dependent": False, "codes": None}
+    context = {"target": target, "aligned": True, "staging": None, "groups": None, "dependent": False, "codes": None}
     context["threads_choices"] = FLOOR_THREADS
     context["fp8_largest"] = _float_literal(target.fp8.largest)
     library = environment().get_template(f"lib/{platform or target.platform}.h").render(context)
@@ -198,6 +203,9 @@ def _context(
         partials.append("rope")
     if any(sink.quantize.dtype.is_fp8 for sink in lowered.sinks):
         partials.append("quantize")
+    groups = next((sink.groups for sink in lowered.sinks if sink.groups), None)
+    if groups:
+        partials.append("group_scale")
     if q:
         partials.append("concat")
     if kv:
@@ -241,6 +249,9 @@ def _context(
         "wgmma": _wgmma_operands(schedule.staging) if schedule.staging else None,
         "q": _sink_context(q, lowered) if q else None,
         "kv": _sink_context(kv, lowered) if kv else None,
+        "groups": groups,
+        "least": _power_literal(groups.least) if groups else None,
+        "divisor": _float_literal(groups.divisor) if groups else None,
     }
 
 
@@ -331,12 +342,41 @@ def _wgmma_operands(staging: Staging) -> Mapping[str, Any]:
     }
 
 
-def _sink_context(sink: Sink, lowered: Lowered) -> Mapping[str, str]:
-    parts = sorted((segment for segment in lowered.segments if segment.sink == sink), key=lambda segment: segment.column)
-    layout = ", ".join(
-        f"columns {segment.column} to {segment.column + segment.width - 1} are {_value_name(segment)}" for segment in parts
-    )
-    return {"tensor": sink.tensor, "cpp": sink.quantize.dtype.value.cpp, "layout": layout}
+def _sink_context(sink: Sink, lowered: Lowered) -> Mapping[str, Any]:
+    parts = [segment for segment in lowered.segments if segment.sink.tensor == sink.tensor]
+    held = [(_columns(segment), _value_name(segment)) for segment in parts]
+    if sink.stored is DType.UINT8:
+        held += [(_scale_bytes(segment), "its scales") for segment in parts if segment.sink.groups]
+        layout = ", ".join(f"{span.start} to {span.stop - 1} {what}" for span, what in sorted(held, key=_start))
+        return {"tensor": sink.tensor, "cpp": sink.stored.value.cpp, "layout": f"bytes {layout}", "segmented": False, "heads": None}
+    layout = ", ".join(f"columns {span.start} to {span.stop - 1} are {what}" for span, what in sorted(held, key=_start))
+    return {
+        "tensor": sink.tensor,
+        "cpp": sink.stored.value.cpp,
+        "layout": layout,
+        "segmented": sink.segmented,
+        "heads": parts[0].heads,
+    }
+
+
+def _start(held: tuple[range, str]) -> int:
+    return held[0].start
+
+
+def _columns(segment: Segment) -> range:
+    """What a segment fills of the rows of its sink's tensor: columns, or bytes."""
+    write = segment.sink.cache_write
+    if write is None or segment.sink.stored is not DType.UINT8:
+        return range(segment.column, segment.column + segment.width)
+    return range(write.column, write.column + segment.width * segment.sink.quantize.dtype.bytes)
+
+
+def _scale_bytes(segment: Segment) -> range:
+    """The bytes of an entry that hold a segment's scales."""
+    groups, write = segment.sink.groups, segment.sink.scale_write
+    assert groups is not None, "only rows with scales of their own"
+    assert write is not None, "scales go to the cache beside their codes"
+    return range(write.column, write.column + segment.width // groups.group * DType.FP32.bytes)
 
 
 def _value_name(segment: Segment) -> str:
@@ -349,7 +389,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
     """What the segment partials need to know."""
     sink = segment.sink
     out = sink.quantize.dtype
-    by_head = sink.role == "q"
+    is_query, by_head = sink.role == "q", segment.heads is not None
     steps = [segment.source]
     if segment.absorb:
         steps.append("q_absorb")
@@ -359,22 +399,31 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
     rounds = bool(segment.absorb or segment.rope) and segment.carried is not DType.FP32 and segment.carried is not out
     if rounds:
         steps.append(f"round to {segment.carried}")
+    if sink.groups:
+        steps.append(f"scale groups of {sink.groups.group}")
     steps.append(f"quantize to {out}" if out.is_fp8 else f"to {out}")
-    columns = f"{segment.column}:{segment.column + segment.width}"
-    place = f"{sink.tensor}[:, :, {columns}]" if by_head else f"{sink.tensor}[slot, {columns}]"
+    columns = f"{_columns(segment).start}:{_columns(segment).stop}"
+    place = f"{sink.tensor}[{':' if is_query else 'slot'}, {':, ' if by_head else ''}{columns}]"
+    if sink.segmented:
+        place = f"{sink.tensor}[block, block_size * {segment.column} + place * {segment.width}:]"
     chain = " -> ".join([*steps, place])
     options = ""
     if out.is_fp8:
         options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {_float_literal(sink.quantize.limit)}"
     column = "column" if segment.column == 0 else f"{segment.column} + column"
-    row = "q_out_row(args, token, head)" if by_head else "cache_entry(args, slot)"
-    rows = "uint32_t(args.tokens)" + (" * args.heads" if by_head else "")
+    row = "q_out_row(args, token, head)" if is_query else f"cache_entry(args, slot{', head' if by_head else ''})"
+    if sink.segmented:
+        row, column = f"cache_part(args, slot, {segment.column}, {segment.width})", "column"
+    if sink.stored is DType.UINT8:
+        first = _columns(segment).start
+        row = f"reinterpret_cast<{out.value.cpp}*>({row}{f' + {first}' if first else ''})"
+    rows = "uint32_t(args.tokens)" + (f" * args.{segment.heads}" if by_head else "")
     context: dict[str, Any] = {
         "name": segment.name,
         "source": segment.source,
         "template": f"stages/segment_{'absorb' if segment.absorb else 'rows'}.hip.j2",
         "chain": chain,
-        "by_head": by_head,
+        "heads": segment.heads,
         "is_cache": sink.role == "kv",
         "rope": segment.rope,
         "round": rounds,
@@ -382,7 +431,8 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         "verbatim": not segment.rope and out is lowered.model_dtype,
         "store": "quantize" if out.is_fp8 else "store",
         "store_options": options,
-        "scale": sink.quantize.scale,
+        "scale": sink.scale,
+        "groups": sink.groups,
         "destination": f"{row} + {column}",
         "column_offset": f" + {segment.column}" if segment.column else "",
         "rows": rows,
@@ -396,9 +446,17 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         if pieces.runs == 2:
             runs += f" and their partners {pieces.run_distance} columns on"
         context["ownership"] = runs
+        if sink.groups:
+            context["group_lanes"] = sink.groups.group // pieces.run
+            context["scale_place"] = f"{_scale_bytes(segment).start} + column / {sink.groups.group} * {DType.FP32.bytes}"
     return MappingProxyType(context)
 
 
 def _float_literal(value: float) -> str:
     """`value` as an exact C++ float literal."""
     return f"{value:g}.0f" if value == int(value) and abs(value) < 1e6 else f"{value.hex()}f"
+
+
+def _power_literal(value: float) -> str:
+    """A power of two as a C++ float literal."""
+    return f"0x1p{math.frexp(value)[1] - 1}f"

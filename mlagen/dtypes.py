@@ -33,6 +33,7 @@ class DType(enum.Enum):
     E4M3FNUZ = Format("fp8_e4m3fnuz", 8, "fp8_e4m3fnuz", "float8_e4m3fnuz", 240.0)
     E2M1 = Format("fp4_e2m1", 4, "fp4_e2m1", "uint8", 6.0)
     E8M0 = Format("e8m0", 8, "uint8_t", "uint8", float.fromhex("0x1p127"))
+    UINT8 = Format("uint8", 8, "uint8_t", "uint8", None)
     INT32 = Format("int32", 32, "int32_t", "int32", None)
     INT64 = Format("int64", 64, "int64_t", "int64", None)
 

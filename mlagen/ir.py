@@ -1,8 +1,9 @@
-"""The IR: typed tensors, the five stages of the prologue, and the Program that orders them.
+"""The IR: typed tensors, the six stages of the prologue, and the Program that orders them.
 
 A Program is in single assignment: every stage names its result once, and reads program inputs or earlier results.  Dimensions are
-integers or symbols ("T" tokens, "H" heads of this rank, "N" cache slots, "X" rotary positions), so one program serves every T.
-Rounding is part of the types: a stage whose result is fp32 keeps full precision, one whose result is bf16 rounds there.
+integers or symbols ("T" tokens, "H" heads of this rank, "K" its KV heads, "N" cache slots, "X" rotary positions), so one program
+serves every T.  Rounding is part of the types: a stage whose result is fp32 keeps full precision, one whose result is bf16 rounds
+there.
 """
 
 import math
@@ -14,6 +15,9 @@ from mlagen.dtypes import DType
 from mlagen.errors import ProgramError
 
 Dim = int | str
+
+OPTIONS = ("style", "fp8_max", "activation", "group", "divisor", "least", "layout", "column")
+"""Fields of stages, besides operands and types, that a printed program shows where they are set."""
 
 SCALE_BLOCK = 128
 """Rows, and columns, of W_UK in a block of fp8 codes with one scale, the rows also fewer where P is no multiple of it."""
@@ -189,11 +193,40 @@ class Concat(Stage):
 
 
 @dataclass(frozen=True)
+class GroupScale(Stage):
+    """The fp32 scale of every `group` neighbouring columns: the smallest power of two not below max |x| / `divisor`, nor `least`.
+
+    NaN counts for nothing.  Source of the formula: vLLM 0.33.0, vllm/models/deepseek_v32/common/kernels.py, the writer of
+    fp8_ds_mla, which vLLM's pull request 49435 made that of all its writers; before, the scale was not rounded to a power of two.
+    """
+
+    x: str
+    group: int
+    divisor: float
+    least: float
+
+    template: ClassVar[str] = "group_scale"
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    def infer(self, types: Types) -> TensorType:
+        x = self.float_rows(self.x, types)
+        if not 16 <= self.group <= 512 or self.group & (self.group - 1) or x.width % self.group:
+            raise self.reject(f"{self.x} is {x}: groups of {self.group} columns are no power of two from 16 to 512 that divides it")
+        if self.divisor <= 0 or math.frexp(self.least)[0] != 0.5:
+            raise self.reject(f"divisor={self.divisor} must be positive, least={self.least} a power of two")
+        return TensorType((*x.shape[:-1], x.width // self.group), DType.FP32)
+
+
+@dataclass(frozen=True)
 class Quantize(Stage):
     """Conversion to the output type.
 
     To fp8: code = rne(x * (1 / scale)), the reciprocal rounded to fp32 first; saturates at `fp8_max` (the format's limit where
-    None) and keeps NaN.  To bf16 or fp16: round to nearest even, without a scale.  `scale` None means 1.
+    None) and keeps NaN.  `scale` is one value for all, or one for each group of neighbouring columns of a row.  To bf16 or fp16:
+    round to nearest even, without a scale.  `scale` None means 1.
     """
 
     x: str
@@ -219,7 +252,10 @@ class Quantize(Stage):
         if not self.dtype.is_fp8 and (self.scale is not None or self.fp8_max is not None):
             raise self.reject(f"a scale or fp8_max belongs to an fp8 result, this one is {self.dtype}")
         if self.scale is not None and types[self.scale] != TensorType((), DType.FP32):
-            raise self.reject(f"{self.scale} is {types[self.scale]}, expected fp32[]")
+            scale = types[self.scale]
+            groups = scale.shape[-1] if scale.dtype is DType.FP32 and scale.shape[:-1] == x.shape[:-1] else None
+            if not isinstance(groups, int) or x.width % groups:
+                raise self.reject(f"{self.scale} is {scale}, expected fp32[], or fp32 for groups of columns of {x}")
         if not 0 < self.limit <= self.dtype.largest:
             raise self.reject(f"fp8_max={self.fp8_max} is outside (0, {self.dtype.largest:g}], what {self.dtype} can hold")
         return TensorType(x.shape, self.dtype)
@@ -227,11 +263,18 @@ class Quantize(Stage):
 
 @dataclass(frozen=True)
 class CacheWrite(Stage):
-    """cache[slot_mapping[t], :] = x[t, :] where slot_mapping[t] >= 0; nothing at all where it is negative."""
+    """cache[slot_mapping[t], ...] = x[t, ...] where slot_mapping[t] >= 0; nothing at all where it is negative.
+
+    `layout` says how the entries lie in a block: None, one after the other; "segmented", the columns of the first part of the row
+    that `x` was made of for all slots, then those of the second part.  A cache of bytes takes `x` of any type, from byte `column`
+    of the entry on.
+    """
 
     x: str
     cache: str
     slot_mapping: str
+    layout: str | None = None
+    column: int = 0
 
     template: ClassVar[str] = "cache_write"
 
@@ -242,11 +285,23 @@ class CacheWrite(Stage):
     def infer(self, types: Types) -> TensorType:
         x, cache = types[self.x], types[self.cache]
         self.index(self.slot_mapping, types)
-        if len(x.shape) != 2 or x.width != cache.width:
+        if cache.dtype is DType.UINT8:
+            if len(x.shape) != 2 or self.layout or self.column % x.dtype.bytes or not self.bytes_of(x).stop <= cache.width:
+                raise self.reject(f"{self.x} {x} does not lie in the bytes of {self.cache} {cache} from {self.column} on")
+            return cache
+        if self.column:
+            raise self.reject(f"column={self.column}: {self.cache} is {cache}, only a cache of bytes is written in parts")
+        if len(x.shape) < 2 or x.shape[0] != "T" or x.shape[1:] != cache.shape[1:]:
             raise self.reject(f"{self.x} {x} does not fill the entries of {self.cache} {cache}")
         if x.dtype != cache.dtype:
             raise self.reject(f"{self.x} is {x.dtype} and {self.cache} is {cache.dtype}: Quantize comes before CacheWrite")
+        if self.layout not in (None, "segmented"):
+            raise self.reject(f"layout {self.layout!r} is not None or segmented")
         return cache
+
+    def bytes_of(self, x: TensorType) -> range:
+        """The bytes of an entry that rows of `x` take, in a cache of bytes."""
+        return range(self.column, self.column + x.width * x.dtype.bytes)
 
 
 @dataclass(frozen=True)
@@ -298,9 +353,8 @@ class Program:
         lines = [f"program {self.name}"]
         lines += [f"  input  {name:<{width}} : {tensor}" for name, tensor in self.inputs]
         for stage in self.stages:
-            options = [
-                f"{key}={value}" for key in ("style", "fp8_max", "activation") if (value := getattr(stage, key, None)) is not None
-            ]
+            named = ((key, getattr(stage, key, None)) for key in OPTIONS)
+            options = [f"{key}={value}" for key, value in named if value]
             call = f"{stage.template}({', '.join([*stage.operands, *options])})"
             lines.append(f"         {stage.output:<{width}} = {call} : {types[stage.output]}")
         lines.append(f"  result {', '.join(self.results)}")

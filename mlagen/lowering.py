@@ -9,30 +9,45 @@ from dataclasses import dataclass
 
 from mlagen.dtypes import DType
 from mlagen.errors import ProgramError
-from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Types
+from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize, Rope, Types
 
 
 @dataclass(frozen=True)
 class Sink:
     """Where rows end: an output tensor, its type, and how a row is converted and addressed.
 
-    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] that go to the cache.
+    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] or [T,K,:] that go to the cache.  `width` and `stored` are
+    those of the tensor's rows.  Where the rows have scales of their own, `groups` computes them and `scale_write` puts them in the
+    cache.
     """
 
     role: str
     tensor: str
     width: int
+    stored: DType
     quantize: Quantize
     cache_write: CacheWrite | None
+    groups: GroupScale | None = None
+    scale_write: CacheWrite | None = None
+
+    @property
+    def scale(self) -> str | None:
+        """The input that is the scale of all rows, if there is one."""
+        return None if self.groups else self.quantize.scale
+
+    @property
+    def segmented(self) -> bool:
+        """Whether a block of the cache holds a part of the row for all of its slots, and then the next part."""
+        return self.cache_write is not None and self.cache_write.layout == "segmented"
 
 
 @dataclass(frozen=True)
 class Segment:
     """`source`, carried through at most one of `absorb` and `rope`, to columns [column, column + width) of a sink's rows.
 
-    `carried` is the type to which the value is rounded before the sink's conversion; fp32 means that it is not rounded.
-    `weight` is the element of the absorb's W_UK, or else of the source, and `scale_block` says how many rows and columns of W_UK
-    share a scale, where it has scales.
+    `carried` is the type to which the value is rounded before the sink's conversion; fp32 means that it is not rounded.  `heads`
+    is the argument that says how many rows a token has, "heads" or "kv_heads"; None means one.  `weight` is the element of the
+    absorb's W_UK, or else of the source, and `scale_block` says how many rows and columns of W_UK share a scale, where it has any.
     """
 
     name: str
@@ -44,6 +59,7 @@ class Segment:
     rope: Rope | None
     carried: DType
     sink: Sink
+    heads: str | None
     weight: DType
     scale_block: tuple[int, int] | None
 
@@ -87,7 +103,9 @@ def lower(program: Program) -> Lowered:
     types = program.verify()
     segments: list[Segment] = []
     for result in program.results:
-        segments += _row_segments(program, types, _sink(program, types, result))
+        if not _writes_scales(program, result):
+            segments += _row_segments(program, types, _sink(program, types, result))
+    _refuse_overlaps(program, types)
     used = {stage.output for stage in program.stages}
     kept = {name for segment in segments for name in _names(program, segment)}
     for name in sorted(used - kept):
@@ -111,10 +129,37 @@ def _sink(program: Program, types: Types, result: str) -> Sink:
         quantize = program.producer(stage.x)
         if not isinstance(quantize, Quantize):
             raise stage.reject(f"{stage.x!r} must come from Quantize, which converts it to the cache's type")
-        return Sink("kv", stage.cache, types[stage.cache].width, quantize, stage)
+        cache, groups, scale_write = types[stage.cache], None, None
+        scale = program.producer(quantize.scale) if quantize.scale else None
+        if isinstance(scale, GroupScale):
+            groups = scale
+            writes = (each for each in program.stages if isinstance(each, CacheWrite) and each.x == groups.output)
+            scale_write = next(writes, None)
+            if scale_write is None or scale_write.cache != stage.cache:
+                raise groups.reject(f"{stage.cache!r} has the codes and not their scales: nobody could read it")
+            if groups.x != quantize.x or program.producer(groups.x) is not None:
+                raise groups.reject(f"the scales must be those of {quantize.x!r}, and that an input")
+        return Sink("kv", stage.cache, cache.width, cache.dtype, quantize, stage, groups, scale_write)
     if isinstance(stage, Quantize) and len(types[result].shape) == 3:
-        return Sink("q", result, types[result].width, stage, None)
+        return Sink("q", result, types[result].width, stage.dtype, stage, None)
     raise ProgramError(f"program {program.name!r}: its result {result!r} is neither a quantised [T,H,:] query nor a cache write")
+
+
+def _writes_scales(program: Program, result: str) -> bool:
+    """Whether a result is the write of scales, which goes with that of their codes."""
+    stage = program.producer(result)
+    return isinstance(stage, CacheWrite) and isinstance(program.producer(stage.x), GroupScale)
+
+
+def _refuse_overlaps(program: Program, types: Types) -> None:
+    """Cache writes of one entry must take other bytes each: they are done side by side, in any order."""
+    taken: dict[tuple[str, int], CacheWrite] = {}
+    for stage in program.stages:
+        if isinstance(stage, CacheWrite):
+            for byte in stage.bytes_of(types[stage.x]):
+                other = taken.setdefault((stage.cache, byte), stage)
+                if other is not stage:
+                    raise stage.reject(f"it writes byte {byte} of an entry of {stage.cache!r}, as CacheWrite {other.output!r} does")
 
 
 def _row_segments(program: Program, types: Types, sink: Sink) -> list[Segment]:
@@ -138,16 +183,18 @@ def _row_segments(program: Program, types: Types, sink: Sink) -> list[Segment]:
         verb = "absorb" if absorb else "rotate" if rope else "copy"
         width = types[part].width
         name = f"{verb}_{source}"
+        heads = None if len(types[source].shape) == 2 else "heads" if sink.role == "q" else "kv_heads"
         weight = types[absorb.w_uk].dtype if absorb else types[source].dtype
         block = absorb.scale_block(types) if absorb and absorb.w_scale else None
-        carried = types[part].dtype
-        segments.append(Segment(name, source, types[source].width, width, column, absorb, rope, carried, sink, weight, block))
+        ends = sink, heads, weight, block
+        segments.append(Segment(name, source, types[source].width, width, column, absorb, rope, types[part].dtype, *ends))
         column += width
     return segments
 
 
 def _names(program: Program, segment: Segment) -> set[str]:
-    stages = (segment.absorb, segment.rope, segment.sink.quantize, segment.sink.cache_write)
+    sink = segment.sink
+    stages = (segment.absorb, segment.rope, sink.quantize, sink.cache_write, sink.groups, sink.scale_write)
     names = {stage.output for stage in stages if stage}
     concat = program.producer(segment.sink.quantize.x)
     return names | ({concat.output} if isinstance(concat, Concat) else set())

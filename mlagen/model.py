@@ -127,7 +127,7 @@ def predict(spec: PrologueSpec, target: Target, layout: Layout, token_tiles: int
     tiles = schedule.absorb
     if tiles is None:
         raise ScheduleError("weight='none': without the product there is no layout to choose")
-    launch = schedule.launch(lowered.segments, tokens, spec.heads, token_tiles=token_tiles)
+    launch = schedule.launch(lowered.segments, tokens, spec.heads, token_tiles=token_tiles, kv_heads=spec.kv_heads)
     per_workgroup = launch.token_tiles_per_workgroup
     heads_of_xcd = -(-spec.heads // target.xcds)
     workgroups_of_xcd = launch.absorb_workgroups // target.xcds

@@ -190,12 +190,12 @@ def _fake_decode_prologue(
     known = tokens if isinstance(tokens, int) else None  # a symbol is compared, not asked for its value
     if q_pe is not None:
         _match(tokens, "q[1] (q_pe)", checker.tensor("q[1] (q_pe)", q_pe, (known, heads, wanted.rope_dim), model))
-    _match(tokens, "kv_c", checker.tensor("kv_c", kv_c, (known, wanted.lora_rank), model))
+    _match(tokens, "kv_c", checker.tensor("kv_c", kv_c, (known, *wanted.kv_inner, wanted.lora_rank), model))
     checker.cache(kv_cache)
     _pin_place(kv_cache)
     _check_indices(checker, tokens, "slot_mapping", slot_mapping, spare=True)
     if wanted.rope_dim:
-        between = (1,) if k_pe is not None and k_pe.dim() == 3 else ()
+        between = (1,) if wanted.kv_heads == 1 and k_pe is not None and k_pe.dim() == 3 else wanted.kv_inner
         _match(tokens, "k_pe", checker.tensor("k_pe", k_pe, (known, *between, wanted.rope_dim), model))
     if wanted.absorbs:
         checker.tensor("packed", packed, (heads, *packed_head), model, rows_free=False)

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from mlagen.dtypes import DType
-from mlagen.ir import ACTIVATION_GROUP, LEAST_ACTIVATION, CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Stage
+from mlagen.ir import (
+    ACTIVATION_GROUP,
+    LEAST_ACTIVATION,
+    CacheWrite,
+    Concat,
+    GroupScale,
+    Program,
+    QAbsorb,
+    Quantize,
+    Rope,
+    Stage,
+)
 from mlagen.torch_types import torch_dtype
 
 UNIT_ROUNDOFF = 2.0**-24
@@ -137,13 +148,26 @@ def _concat(stage: Concat, values: Mapping[str, Bounded]) -> Bounded:
     return Bounded(*(torch.cat(parts, -1) for parts in ((a.low, b.low), (a.exact, b.exact), (a.high, b.high))))
 
 
+def _group_scale(stage: GroupScale, values: Mapping[str, Bounded]) -> Bounded:
+    x = values[stage.x].exact  # an input, which lower() sees to: nothing of it is uncertain
+    largest = torch.where(x.isnan(), 0.0, x.abs()).reshape(*x.shape[:-1], x.shape[-1] // stage.group, stage.group).amax(-1)
+    wanted = (largest / stage.divisor).clamp(min=stage.least)
+    mantissa, exponent = torch.frexp(wanted)  # in [1/2, 1)
+    power = torch.ldexp(torch.ones_like(wanted), exponent - (mantissa == 0.5).int())
+    return Bounded.certain(torch.where(wanted.isfinite(), power, wanted))
+
+
 def _quantize(stage: Quantize, values: Mapping[str, Bounded]) -> Bounded:
     x = values[stage.x]
     if not stage.dtype.is_fp8:
         return x.map(lambda end: end.float().to(torch_dtype(stage.dtype)))
     scale = values.get(stage.scale) if stage.scale else None
-    inverse = 1.0 if scale is None else float(1.0 / scale.exact.float().reshape(()))
-    scaled = x.map(lambda end: end * inverse)
+    inverse = torch.ones(()) if scale is None else 1.0 / scale.exact.float()
+    if inverse.dim() > 1:  # one for each group of columns
+        inverse = inverse.repeat_interleave(x.exact.shape[-1] // inverse.shape[-1], -1)
+    else:
+        inverse = inverse.reshape(()).to(x.exact.device)
+    scaled = x.map(lambda end: end * inverse.double())
     # The kernel rounds the product to fp32: a certain value has a certain product, the ends of a range move apart.
     certain = (x.low == x.high) | x.exact.isnan()
     product = scaled.exact.float().double()
@@ -162,6 +186,7 @@ _MEANINGS: Mapping[type[Stage], Callable[..., Bounded]] = {
     QAbsorb: _q_absorb,
     Rope: _rope,
     Concat: _concat,
+    GroupScale: _group_scale,
     Quantize: _quantize,
     CacheWrite: _cache_write,
 }

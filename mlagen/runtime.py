@@ -10,6 +10,7 @@ import torch
 
 from mlagen.arguments import TENSORS, Checker, bind
 from mlagen.binaries import BundlePath, device_binary, host_library
+from mlagen.cache_layout import slots_of_block
 from mlagen.codegen import GeneratedKernel, generate
 from mlagen.codes import packed_head_shape
 from mlagen.errors import ArgumentError, MlagenError, TargetError
@@ -127,12 +128,15 @@ class Kernel:
 
         q [T,H,P+R] or the pair q_nope [T,H,P], q_pe [T,H,R]; kv_c [T,L]; k_pe [T,R] or [T,1,R]: the model's dtype, unit last
         stride, other strides free.  packed: what pack_weights gave, None where weight="none".  kv_cache [blocks, block_size, L+R]:
-        the model's dtype, the arch's fp8, or uint8 seen as that.  slot_mapping [>= T], positions [T]: int64 or int32; a negative
-        slot leaves the cache alone, a position is clamped to the table.  The rows of q_out and of the cache are [latent | rotary],
-        or [rotary | latent] where the spec has nope_first=False.  cos_sin_cache [max_position, R] = [cos | sin], or the pair
-        (cos, sin) [max_position, R/2] each: the model's dtype or fp32.  q_scale, k_scale: fp32, 0-dim or [1], on the device,
-        value = code * scale; None is 1; not read where the output is not fp8.  positions and cos_sin_cache are not read, and may
-        be None, where rope_style is "none"; k_pe may be None where rope_dim is 0.
+        the model's dtype, the arch's fp8, or uint8 seen as that; with kv_layout="segmented" [blocks, block_size * (L+R)], a block
+        the latent columns of its slots and then their rotary ones; with "fp8_ds_mla" uint8 [blocks, block_size, L + 4 * L/128 +
+        2 * R].  With K > 1 KV heads: kv_c [T,K,L], k_pe [T,K,R], kv_cache [blocks, block_size, K, L+R].  slot_mapping [>= T],
+        positions [T]: int64 or int32; a negative slot leaves the cache alone, a position is clamped to the table.  The rows of
+        q_out and of the cache are [latent | rotary], or [rotary | latent] where the spec has nope_first=False.  cos_sin_cache
+        [max_position, R] = [cos | sin], or the pair (cos, sin) [max_position, R/2] each: the model's dtype or fp32.  q_scale,
+        k_scale: fp32, 0-dim or [1], on the device, value = code * scale; None is 1; not read where the output is not fp8, nor
+        k_scale with fp8_ds_mla, whose scales are made here.  positions and cos_sin_cache are not read, and may be None, where
+        rope_style is "none"; k_pe may be None where rope_dim is 0.
 
         On a GPU the launch goes to the caller's current stream and returns at once; nothing is allocated when `out` is given.
         Raises ArgumentError, naming the argument, what it was and what it may be, before anything is launched.
@@ -178,8 +182,9 @@ class Kernel:
         variant = next(each for each in self.variants if each.range.tokens is None or bound.tokens <= each.range.tokens)
         generated = variant.generated
         launch = generated.schedule.launch(
-            generated.lowered.segments, bound.tokens, self.spec.heads, token_tiles=variant.range.token_tiles
-        )
+            generated.lowered.segments, bound.tokens, self.spec.heads, token_tiles=variant.range.token_tiles,
+            kv_heads=self.spec.kv_heads,
+        )  # fmt: skip
         threads = generated.schedule.threads
         if launch.grid * threads > MAX_WORK_ITEMS:
             raise ArgumentError(f"q: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
@@ -198,7 +203,7 @@ class Kernel:
 
     def _check_slots(self, slots: torch.Tensor, kv_cache: torch.Tensor) -> None:
         """On the CPU a slot outside the cache is found before it is written; a GPU launch cannot look without waiting."""
-        capacity, largest = kv_cache.shape[0] * kv_cache.shape[1], int(slots.max())
+        capacity, largest = kv_cache.shape[0] * slots_of_block(self.spec, kv_cache.shape), int(slots.max())
         if largest >= capacity:
             raise ArgumentError(f"slot_mapping: slot {largest}, but kv_cache {list(kv_cache.shape)} has slots 0 to {capacity - 1}")
 

@@ -130,8 +130,11 @@ class Schedule:
         assert self.absorb is not None, "only an absorb has workgroups per head"
         return self.absorb.l_tiles // self.waves_per_workgroup
 
-    def launch(self, segments: tuple[Segment, ...], tokens: int, heads: int, *, token_tiles: int | None = None) -> Launch:
-        """The grid for `tokens` rows and `heads` heads, with `token_tiles` tiles of tokens for each absorb workgroup.
+    def launch(
+        self, segments: tuple[Segment, ...], tokens: int, heads: int, *, token_tiles: int | None = None, kv_heads: int = 1
+    ) -> Launch:
+        """The grid for `tokens` rows, `heads` heads and `kv_heads` KV heads, with `token_tiles` tiles of tokens for each absorb
+        workgroup.
 
         A pure function: the same counts give the same grid.  Without `token_tiles` the tokens are split over workgroups until every
         SIMD has WAVES_PER_SIMD_GOAL waves; beyond that a workgroup takes more token tiles, because each split reads the weights
@@ -141,7 +144,7 @@ class Schedule:
         workgroups = []
         for segment, pieces in zip(segments, self.pieces, strict=True):
             if pieces is not None:
-                rows = tokens * heads if segment.sink.role == "q" else tokens
+                rows = tokens * {"heads": heads, "kv_heads": kv_heads, None: 1}[segment.heads]
                 workgroups.append(-(-rows * pieces.lanes // self.threads))
                 continue
             assert self.absorb is not None, "a segment without pieces is the absorb"

@@ -36,19 +36,14 @@ def request(
     fp8_max: float | None = None,
     nope_first: bool = True,
     compute: str = "a16",
+    kv_heads: int = 1,
+    kv_layout: str = "paged",
 ) -> Request:
     """The request for a model (preset or path).  Raises ModelError or SpecError."""
     spec = PrologueSpec.from_model(
-        model,
-        tp=tp,
-        weight=weight,
-        q_dtype=q_dtype,
-        kv_dtype=kv_dtype,
-        rounding=rounding,
-        fp8_max=fp8_max,
-        nope_first=nope_first,
-        compute=compute,
-    )
+        model, tp=tp, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max, nope_first=nope_first,
+        compute=compute, kv_heads=kv_heads, kv_layout=kv_layout,
+    )  # fmt: skip
     spec.program(target)
     return Request(resolve_model(model).name, tp, spec, target)
 

@@ -12,6 +12,7 @@ from mlagen.ir import (
     SCALE_BLOCK,
     CacheWrite,
     Concat,
+    GroupScale,
     Program,
     QAbsorb,
     Quantize,
@@ -25,7 +26,17 @@ ROPE_STYLES = ("none", "gptj", "neox")
 ROUNDINGS = ("fused", "stepwise")
 WEIGHT_CODES = ("fp8", "fp8-block", "mxfp4")
 COMPUTES = ("a16", "a8")
+KV_LAYOUTS = ("paged", "segmented", "fp8_ds_mla")
 MAX_NOPE_DIM, MAX_LORA_RANK, MAX_ROPE_DIM, MAX_HEADS = 512, 2048, 512, 4096
+
+SCALE_GROUP = 128
+"""Columns that share a scale in a cache of layout fp8_ds_mla."""
+
+SCALE_DIVISOR = {DType.E4M3FN: 448.0, DType.E4M3FNUZ: 224.0}
+"""What vLLM divides the largest magnitude of such a group by; on FNUZ it stays below the format's limit of 240."""
+
+LEAST_SCALE = 2.0**-13
+"""The smallest of these scales: 1e-4 in vLLM, before it takes the next power of two."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,11 @@ class PrologueSpec:
     final conversion, "stepwise" rounds to the model dtype where separate operators would.  fp8_max lowers the magnitude at which
     fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.  nope_first: in the rows of both outputs the L latent
     columns come before the R rotary ones; False is the other way round.
+    kv_heads: KV heads K of this rank; with several kv_c is [T,K,L], k_pe [T,K,R] and the cache [blocks, block_size, K, L+R].
+    kv_layout: "paged", where the entries of a block follow one another; "segmented", the pages of AITER's `_seg` operators, flat
+    [blocks, block_size * (L+R)]: the latent columns of all slots of a block, then the rotary columns of all; "fp8_ds_mla", vLLM's
+    format for sparse attention, bytes: L fp8 codes, L/128 fp32 scales of 128 codes each, which the kernel computes (ir.GroupScale),
+    and R rotary values of the model's dtype.  It needs kv_dtype "fp8", and k_scale and fp8_max do not concern it.
 
     Raises SpecError, naming the field, what it was and what it may be.
     """
@@ -62,6 +78,8 @@ class PrologueSpec:
     fp8_max: float | None = None
     nope_first: bool = True
     compute: str = "a16"
+    kv_heads: int = 1
+    kv_layout: str = "paged"
 
     def __post_init__(self) -> None:
         model_dtype(self.dtype)
@@ -87,6 +105,7 @@ class PrologueSpec:
         if self.rope_dim == 0:
             object.__setattr__(self, "nope_first", True)  # one part has no order: it is the same kernel
         self._check_weight()
+        self._check_cache()
 
     def _check_weight(self) -> None:
         self._check_choice("compute", COMPUTES)
@@ -99,6 +118,26 @@ class PrologueSpec:
             )
         if self.weight == "mxfp4" and self.dtype != "bf16":
             raise SpecError(f"weight='mxfp4' with dtype={self.dtype!r}: e8m0 scales reach beyond what {self.dtype} holds, use bf16")
+
+    def _check_cache(self) -> None:
+        self._check_width("kv_heads", 1, MAX_HEADS, 1)
+        self._check_choice("kv_layout", KV_LAYOUTS)
+        if self.kv_layout != "paged" and self.kv_heads > 1:
+            raise SpecError(f"kv_heads={self.kv_heads} with kv_layout={self.kv_layout!r}: its entries are those of one KV head")
+        if self.kv_layout != "paged" and not self.nope_first:
+            reason = "this layout has the latent columns first; leave nope_first out, or use kv_layout='paged'"
+            raise SpecError(f"kv_layout={self.kv_layout!r} with nope_first=False: {reason}")
+        if self.kv_layout == "fp8_ds_mla":
+            self._check_ds_mla()
+
+    def _check_ds_mla(self) -> None:
+        if self.lora_rank % SCALE_GROUP:
+            raise SpecError(f"kv_layout='fp8_ds_mla' with lora_rank={self.lora_rank}: must be a multiple of {SCALE_GROUP}")
+        if self.kv_dtype != "fp8":
+            raise SpecError(f"kv_layout='fp8_ds_mla' with kv_dtype={self.kv_dtype!r}: its latent is fp8, use kv_dtype='fp8'")
+        if self.fp8_max is not None and self.q_dtype != "fp8":
+            reason = "its codes have scales of their own, and the query is not fp8; leave fp8_max out"
+            raise SpecError(f"kv_layout='fp8_ds_mla' with fp8_max={self.fp8_max:g}: {reason}")
 
     def _limit(self) -> float:
         """fp8_max, checked: a limit that fp8 does not hold would itself be rounded, perhaps upwards."""
@@ -137,6 +176,8 @@ class PrologueSpec:
         fp8_max: float | None = None,
         nope_first: bool = True,
         compute: str = "a16",
+        kv_heads: int = 1,
+        kv_layout: str = "paged",
     ) -> "PrologueSpec":
         """The spec of a preset, of a config.json, or of a directory that holds one, on one of `tp` ranks.
 
@@ -157,6 +198,8 @@ class PrologueSpec:
             fp8_max=fp8_max,
             nope_first=nope_first,
             compute=compute,
+            kv_heads=kv_heads,
+            kv_layout=kv_layout,
         )
 
     @property
@@ -175,6 +218,28 @@ class PrologueSpec:
         return self.lora_rank + self.rope_dim
 
     @property
+    def kv_inner(self) -> tuple[int, ...]:
+        """What stands between the tokens, or the slots, and the columns of kv_c, k_pe and the cache: K, where there are several."""
+        return (self.kv_heads,) if self.kv_heads > 1 else ()
+
+    @property
+    def scale_groups(self) -> int:
+        """Scales in a cache entry."""
+        return self.lora_rank // SCALE_GROUP if self.kv_layout == "fp8_ds_mla" else 0
+
+    @property
+    def cache_width(self) -> int:
+        """Elements of a cache entry: L + R, or bytes where the layout is fp8_ds_mla."""
+        if self.kv_layout == "fp8_ds_mla":
+            return self.rotary_byte + self.rope_dim * model_dtype(self.dtype).bytes
+        return self.entry_dim
+
+    @property
+    def rotary_byte(self) -> int:
+        """Where the rotary values of an entry start where the layout is fp8_ds_mla."""
+        return self.lora_rank + self.scale_groups * DType.FP32.bytes
+
+    @property
     def nope_columns(self) -> slice:
         """Where the latent is in a row of q_out and in a cache entry."""
         first = 0 if self.nope_first else self.rope_dim
@@ -189,6 +254,10 @@ class PrologueSpec:
     def output_dtype(self, name: str, target: Target) -> DType:
         """Resolve "fp8" to the arch's flavour, or the model's own type."""
         return target.fp8 if name == "fp8" else model_dtype(name)
+
+    def cache_dtype(self, target: Target) -> DType:
+        """Type of the cache's elements."""
+        return DType.UINT8 if self.kv_layout == "fp8_ds_mla" else self.output_dtype(self.kv_dtype, target)
 
     def _weight_types(self, target: Target) -> tuple[DType, TensorType | None]:
         """The element of W_UK, and the type of its scales where it has any."""
@@ -249,10 +318,26 @@ class PrologueSpec:
             activation = target.fp8 if self.compute == "a8" else None
             latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried, w_scale, activation))
         q_out = row("q_out", latent, "q_pe", ("T", "H", self.rope_dim), self.q_dtype, "q_scale")
-        entry = row("kv_entry", take("kv_c", ("T", self.lora_rank), dtype), "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")
-        slots = take("slot_mapping", ("T",), DType.INT64)
-        cache = take("kv_cache", ("N", self.entry_dim), self.output_dtype(self.kv_dtype, target))
-        written = add(CacheWrite("kv_cache_written", entry, cache, slots))
-        program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), (q_out, written))
+        results = [q_out]
+        inner = ("K",) if self.kv_heads > 1 else ()
+
+        def written(entry: str, name: str, column: int = 0) -> None:
+            slots = take("slot_mapping", ("T",), DType.INT64)
+            cache = take("kv_cache", ("N", *inner, self.cache_width), self.cache_dtype(target))
+            layout = "segmented" if self.kv_layout == "segmented" else None
+            results.append(add(CacheWrite(name, entry, cache, slots, layout, column)))
+
+        kv_c = take("kv_c", ("T", *inner, self.lora_rank), dtype)
+        if self.kv_layout == "fp8_ds_mla":
+            scales = add(GroupScale("kv_scales", kv_c, SCALE_GROUP, SCALE_DIVISOR[target.fp8], LEAST_SCALE))
+            written(add(Quantize("kv_codes", kv_c, target.fp8, scales)), "kv_codes_written")
+            written(scales, "kv_scales_written", self.lora_rank)
+            if self.rope_dim:
+                rotary = add(Quantize("kv_pe", rotated(take("k_pe", ("T", self.rope_dim), dtype)), dtype))
+                written(rotary, "kv_pe_written", self.rotary_byte)
+        else:
+            entry = row("kv_entry", kv_c, "k_pe", ("T", *inner, self.rope_dim), self.kv_dtype, "k_scale")
+            written(entry, "kv_cache_written")
+        program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), tuple(results))
         program.verify()
         return program

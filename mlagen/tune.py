@@ -62,7 +62,7 @@ def candidates(spec: PrologueSpec, target: Target, tokens: int, *, dependent: bo
             continue
         tiles = -(-tokens // schedule.absorb.token_tile)
         for splits in SPLITS:
-            launch = schedule.launch(lowered.segments, tokens, spec.heads, token_tiles=-(-tiles // splits))
+            launch = schedule.launch(lowered.segments, tokens, spec.heads, token_tiles=-(-tiles // splits), kv_heads=spec.kv_heads)
             one = Range(tokens, Layout(waves, block, dependent), launch.token_tiles_per_workgroup)
             if one not in found:
                 found.append(one)

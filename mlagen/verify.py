@@ -1,10 +1,12 @@
 """verify: runs a kernel on random inputs and compares every byte with the oracle."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from mlagen.cache_layout import cache_shape, entries, values, written
 from mlagen.dtypes import model_dtype
 from mlagen.errors import VerificationError
 from mlagen.guarded import Guarded
@@ -88,8 +90,8 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     inputs = {
         "q_nope": activation(tokens, spec.heads, spec.q_nope_dim),
         "q_pe": activation(tokens, spec.heads, spec.rope_dim),
-        "kv_c": activation(tokens, spec.lora_rank),
-        "k_pe": activation(tokens, spec.rope_dim),
+        "kv_c": activation(tokens, *spec.kv_inner, spec.lora_rank),
+        "k_pe": activation(tokens, *spec.kv_inner, spec.rope_dim),
         "cos_sin_cache": torch.cat((angles.cos(), angles.sin()), -1).to(dtype),
         "positions": positions,
         "slot_mapping": slots,
@@ -98,12 +100,13 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     }
     if spec.absorbs:
         inputs |= _weights(spec, target, (draw(spec.heads, spec.nope_dim, spec.lora_rank) / spec.nope_dim**0.5).to(dtype))
-    q_dtype, kv_dtype = (torch_dtype(spec.output_dtype(name, target)) for name in (spec.q_dtype, spec.kv_dtype))
+    q_dtype, kv_dtype = torch_dtype(spec.output_dtype(spec.q_dtype, target)), torch_dtype(spec.cache_dtype(target))
     width = spec.entry_dim
     rows = spec.heads + 1  # head room: heads that the kernel must leave alone
     q_out = Guarded((tokens, rows, width), (rows * width, width, 1), q_dtype, device)
-    block_stride = BLOCK_SIZE * width + 64
-    kv_cache = Guarded((blocks, BLOCK_SIZE, width), (block_stride, width, 1), kv_dtype, device)
+    shape = cache_shape(spec, blocks, BLOCK_SIZE)
+    strides = (math.prod(shape[1:]) + 64, *(math.prod(shape[axis + 1 :]) for axis in range(1, len(shape))))
+    kv_cache = Guarded(shape, strides, kv_dtype, device)
     return Case(inputs, q_out, kv_cache)
 
 
@@ -130,18 +133,24 @@ def run_case(kernel: Kernel, case: Case) -> None:
 def compare_case(spec: PrologueSpec, target: Target, case: Case) -> list[Comparison]:
     """What a launch left in the case's outputs against the oracle."""
     expected = evaluate(spec.program(target), case.inputs)
-    q, entry = expected["q_out"], expected["kv_entry"]
+    q, entry = expected["q_out"], expected_entries(spec, expected)
     slots = case.inputs["slot_mapping"]
     kept = slots >= 0
     q_out, cache = case.q_out.tensor.cpu(), case.kv_cache.tensor.cpu()
-    block, place = slots[kept] // cache.shape[1], slots[kept] % cache.shape[1]
-    cache_written = torch.zeros(cache.shape, dtype=torch.bool)
-    cache_written[block, place] = True
     q_written = torch.zeros(q_out.shape, dtype=torch.bool)
     q_written[:, : spec.heads] = True
-    q_stray, kv_stray = case.q_out.stray_bytes(q_written), case.kv_cache.stray_bytes(cache_written)
+    q_stray, kv_stray = case.q_out.stray_bytes(q_written), case.kv_cache.stray_bytes(written(spec, cache, slots[kept]))
     kept_entry = entry.map(lambda end: end[kept])
-    return compare_outputs(spec, q, kept_entry, q_out[:, : spec.heads], cache[block, place], q_stray=q_stray, kv_stray=kv_stray)
+    found = values(spec, target, entries(spec, cache, slots[kept]))
+    return compare_outputs(spec, q, kept_entry, q_out[:, : spec.heads], found, q_stray=q_stray, kv_stray=kv_stray)
+
+
+def expected_entries(spec: PrologueSpec, expected: Mapping[str, Bounded]) -> Bounded:
+    """The rows that the cache should get, of the oracle's values: [T, L+R], and as cache_layout.values() has them for bytes."""
+    if spec.kv_layout != "fp8_ds_mla":
+        return expected["kv_entry"]
+    held = [expected[name] for name in ("kv_codes", "kv_scales", "kv_pe") if name in expected]
+    return Bounded(*(torch.cat([getattr(each, end).double() for each in held], -1) for end in ("low", "exact", "high")))
 
 
 def compare_outputs(
@@ -156,7 +165,8 @@ def compare_outputs(
 ) -> list[Comparison]:
     """q_out [T,H,L+R] and cache entries [kept,L+R] that a kernel wrote against the oracle's, part by part, on their device.
 
-    The strays are counts of bytes that it wrote elsewhere.
+    Entries of fp8_ds_mla come as numbers, as expected_entries() and cache_layout.values() have them.  The strays are counts of
+    bytes that it wrote elsewhere.
     """
     nope, pe = spec.nope_columns, spec.rope_columns
     verbatim = spec.rope_style == "none"
@@ -164,9 +174,13 @@ def compare_outputs(
         _compare("q_out nope", q, q_out, nope, q_stray, must_be_exact=not spec.absorbs),
         _compare("kv_cache nope", entry, entries, nope, kv_stray, must_be_exact=True),
     ]
+    if spec.scale_groups:
+        scales = slice(nope.stop, nope.stop + spec.scale_groups)
+        comparisons.append(_compare("kv_cache scales", entry, entries, scales, 0, must_be_exact=True))
     if spec.rope_dim:
         comparisons.insert(1, _compare("q_out pe", q, q_out, pe, 0, must_be_exact=verbatim))
-        comparisons.append(_compare("kv_cache pe", entry, entries, pe, 0, must_be_exact=verbatim))
+        rotary = slice(pe.start + spec.scale_groups, pe.stop + spec.scale_groups)
+        comparisons.append(_compare("kv_cache pe", entry, entries, rotary, 0, must_be_exact=verbatim))
     return comparisons
 
 

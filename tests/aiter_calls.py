@@ -48,6 +48,14 @@ def make_call(seed: int = 0, *, arch: str = "gfx950", q: str = "fp8", kv: str = 
     return {**call, **changes}
 
 
+def segmented(call: Call, *, tail: int = 3) -> Call:
+    """The same call of fused_qk_rope_concat_and_cache_mla_seg: a flat cache, and `tail` columns to leave alone in q_out."""
+    cache, q_out = call["kv_cache"], call["q_out"]
+    flat = unwritten(torch.zeros(BLOCKS, BLOCK_SIZE * (LATENT + ROTARY), dtype=cache.dtype))
+    wide = unwritten(torch.zeros(*q_out.shape[:2], q_out.shape[2] + tail, dtype=q_out.dtype))
+    return {name: each for name, each in {**call, "kv_cache": flat, "q_out": wide}.items() if name != "compute_all_q_rope"}
+
+
 def unwritten(like: torch.Tensor) -> torch.Tensor:
     return torch.full_like(like.view(torch.uint8), NONE_WRITTEN).view(like.dtype)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mlagen import toolchain, verify
+from mlagen.cache_layout import cache_shape
 from mlagen.codegen import GeneratedKernel
 from mlagen.drivers.host import HostModule
 from mlagen.guarded import Guarded
@@ -149,13 +150,18 @@ def _query_output(kernel: Kernel, workload: Workload) -> Guarded:
 
 
 def _cache(kernel: Kernel, workload: Workload, blocks: int) -> Guarded:
-    spec, size, width = kernel.spec, workload.block_size, kernel.spec.entry_dim
-    entry = width + (7 if workload.cache == "padded" else 0)
-    strides = (size * entry + (11 if workload.cache == "padded" else 0), entry, 1)
+    spec, size, width = kernel.spec, workload.block_size, kernel.spec.cache_width
+    dtype = torch_dtype(spec.cache_dtype(kernel.target))
+    if spec.kv_layout == "segmented":
+        shape = cache_shape(spec, blocks, size)
+        gap = {"dense": 0, "padded": 11, "interleaved": 16}[workload.cache]  # what is inside a block cannot be elsewhere
+        return Guarded(shape, (shape[1] + gap, 1), dtype, kernel.device)
+    head = width + (3 if workload.cache == "padded" else 0)
+    entry = (head * spec.kv_heads if spec.kv_heads > 1 else width) + (7 if workload.cache == "padded" else 0)
+    strides = (size * entry + (11 if workload.cache == "padded" else 0), entry)
     if workload.cache == "interleaved":
-        strides = (entry, blocks * entry, 1)
-    dtype = torch_dtype(spec.output_dtype(spec.kv_dtype, kernel.target))
-    return Guarded((blocks, size, width), strides, dtype, kernel.device)
+        strides = (entry, blocks * entry)
+    return Guarded(cache_shape(spec, blocks, size), (*strides, *((head,) if spec.kv_heads > 1 else ()), 1), dtype, kernel.device)
 
 
 def _arguments(kernel: Kernel, case: verify.Case, workload: Workload) -> dict[str, Any]:
@@ -169,7 +175,7 @@ def _arguments(kernel: Kernel, case: verify.Case, workload: Workload) -> dict[st
     elif workload.layout == "joined":
         q = embed(torch.cat((inputs["q_nope"], inputs["q_pe"]), -1), **layout)
         kv = embed(torch.cat((inputs["kv_c"], inputs["k_pe"]), -1), **layout)
-        kv_c, k_pe = kv[:, : spec.lora_rank], kv[:, spec.lora_rank :]
+        kv_c, k_pe = kv[..., : spec.lora_rank], kv[..., spec.lora_rank :]
     table: Any = inputs["cos_sin_cache"]
     half = spec.rope_dim // 2
     table = (embed(table[:, :half], gap=1), embed(table[:, half:], gap=2)) if workload.table == "pair" else embed(table, gap=3)
@@ -180,7 +186,7 @@ def _arguments(kernel: Kernel, case: verify.Case, workload: Workload) -> dict[st
     return {
         "q": q,
         "kv_c": kv_c,
-        "k_pe": (k_pe.unsqueeze(1) if workload.k_pe_rank == 3 else k_pe) if spec.rope_dim else None,
+        "k_pe": (k_pe.unsqueeze(1) if workload.k_pe_rank == 3 and spec.kv_heads == 1 else k_pe) if spec.rope_dim else None,
         "packed": embed(kernel.pack_weights(inputs["w_uk"])) if spec.absorbs else None,
         "kv_cache": cache.view(torch.uint8) if workload.bytes_cache and cache.dtype.itemsize == 1 else cache,
         "slot_mapping": torch.cat((inputs["slot_mapping"], beyond)),
@@ -247,10 +253,10 @@ def covering(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool
     rows: list[Row] = []
     while missing:
         fixed = dict(next(iter(missing)))
-        candidates = [
-            {name: fixed.get(name, chooser.randrange(len(values))) for name, values in factors.items()} for _ in range(40)
-        ]
-        legal = [each for each in candidates if allowed(_values(factors, each))]
+        candidates = (
+            {name: fixed.get(name, chooser.randrange(len(values))) for name, values in factors.items()} for _ in range(1000)
+        )
+        legal = list(itertools.islice((each for each in candidates if allowed(_values(factors, each))), 40))
         if not legal:  # no row of its kind is allowed
             del missing[tuple(fixed.items())]
             continue

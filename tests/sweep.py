@@ -34,6 +34,8 @@ SPEC_FACTORS = {
     "rounding": ("fused", "stepwise"),
     "fp8_max": (None, 224.0),
     "nope_first": (True, False),
+    "kv_heads": (1, 2, 5),
+    "kv_layout": ("paged", "segmented", "fp8_ds_mla"),
 }
 
 LAUNCH_FACTORS = {
@@ -65,6 +67,12 @@ PRODUCTS_LIMIT = 300e6
 
 def sensible(row: Row) -> bool:
     rotates = row["rope_style"] != "none"
+    if row["kv_layout"] != "paged" and row["kv_heads"] > 1:
+        return False
+    if row["kv_layout"] != "paged" and row["rope_dim"] and not row["nope_first"]:
+        return False
+    if row["kv_layout"] == "fp8_ds_mla" and (row["lora_rank"] % 128 or not row["kv_fp8"] or (row["fp8_max"] and not row["q_fp8"])):
+        return False
     return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not row["q_fp8"] and not row["kv_fp8"])
 
 
@@ -75,10 +83,7 @@ def spec_of(row: Row, heads: int) -> PrologueSpec:
         weight=dtype if row["absorb"] else "none",
         q_dtype="fp8" if row["q_fp8"] else dtype,
         kv_dtype="fp8" if row["kv_fp8"] else dtype,
-        **{
-            name: row[name]
-            for name in ("nope_dim", "lora_rank", "rope_dim", "rope_style", "dtype", "rounding", "fp8_max", "nope_first")
-        },
+        **{name: row[name] for name in SPEC_FACTORS if name not in ("arch", "absorb", "q_fp8", "kv_fp8")},
     )
 
 
@@ -125,4 +130,6 @@ def label(row: Row) -> str:
     width = row["nope_dim"] if row["absorb"] else "absorbed"
     parts = (row["arch"], row["dtype"], width, row["lora_rank"], style, q, kv, row["rounding"], row["fp8_max"] or "")
     parts += () if row["nope_first"] else ("rope first",)
+    parts += () if row["kv_heads"] == 1 else (f"{row['kv_heads']} KV heads",)
+    parts += () if row["kv_layout"] == "paged" else (row["kv_layout"],)
     return "-".join(map(str, parts)).rstrip("-")

@@ -1,9 +1,12 @@
 """AITER's decode prologue on mlagen's kernels: replace the import, and nothing else.
 
-    from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla
+    from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla, fused_qk_rope_concat_and_cache_mla_seg
 
-The signature is that of ROCm/aiter at commit e404860, aiter/ops/cache.py.
+The signatures are those of ROCm/aiter at commit e404860, aiter/ops/cache.py.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -53,8 +56,8 @@ def fused_qk_rope_concat_and_cache_mla(
 ) -> None:
     """Rotate q_pe and k_pe, write the query rows to q_out and the key rows to kv_cache at slot_mapping, each to its dtype.
 
-    q_nope [T,H,L], already absorbed; q_pe [T,H,R]; kv_c [T,L] or [T,1,L]; k_pe [T,R] or [T,1,R]: bf16 or fp16, unit last stride,
-    other strides free.  kv_cache [blocks, block_size, L+R] or [blocks, block_size, 1, L+R] and q_out [T, H' >= H, L+R]: that dtype
+    q_nope [T,H,L], already absorbed; q_pe [T,H,R]; kv_c [T,L] or [T,K,L]; k_pe [T,R] or [T,K,R]: bf16 or fp16, unit last stride,
+    other strides free.  kv_cache [blocks, block_size, L+R] or [blocks, block_size, K, L+R] and q_out [T, H' >= H, L+R]: that dtype
     or the arch's fp8, the cache also uint8, which is read as that.  slot_mapping, positions [T]; k_scale, q_scale: one fp32 value,
     on the device, value = code * scale; not read where the output is not fp8.  cos_cache, sin_cache: [max_position, R/2] or
     [max_position, 1, 1, R/2].  is_neox: halves are rotated, else neighbouring pairs.  is_nope_first: rows are [L | R], else
@@ -73,34 +76,96 @@ def fused_qk_rope_concat_and_cache_mla(
     - Positions are clamped to the table for every shape; in AITER not by the kernel for unusual ones.
     - cos_cache and sin_cache may be fp32, and have any row stride; AITER reads them as dense rows of q_nope's dtype.
     - Addresses have 64 bits; AITER's strides have 32.
-    - What AITER refuses: a uint8 cache, and an fp8 q_out beside a cache that is not.
+    - Several KV heads (K > 1) may lie anywhere.  AITER bounds a token's rows by K*L and K*(L+R) elements: of heads that do not
+      follow one another without a gap it reads zeros, and leaves cache entries unwritten.
+    - What AITER refuses: a uint8 cache, an fp8 q_out beside a cache that is not, and more KV heads than query heads.
 
-    AITER also takes fp32, and several KV heads with rows of their own; mlagen does not, and neither is the segmented cache of
-    AITER's fused_qk_rope_concat_and_cache_mla_seg here.  Raises ArgumentError, naming the argument, what it was and what it may
-    be, before anything is launched, and what mlagen.load raises.
+    AITER also takes fp32; mlagen does not.  Raises ArgumentError, naming the argument, what it was and what it may be, before
+    anything is launched, and what mlagen.load raises.
     """
-    given = (
-        *(q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale),
-        *(positions, cos_cache, sin_cache),
+    _run(
+        (
+            *(q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale),
+            *(positions, cos_cache, sin_cache),
+        ),
+        is_neox=bool(is_neox),
+        is_nope_first=bool(is_nope_first),
     )
-    if {*map(type, given)} != {torch.Tensor}:  # a subclass, or something else
-        for name, value in zip(_TENSORS, given, strict=True):
+
+
+def fused_qk_rope_concat_and_cache_mla_seg(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    q_out: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor,
+    q_scale: torch.Tensor,
+    positions: torch.Tensor,
+    cos_cache: torch.Tensor,
+    sin_cache: torch.Tensor,
+    is_neox: bool,
+    is_nope_first: bool = True,
+) -> None:
+    """The same with the segmented cache: a page holds the latent columns of all its slots, then their rotary columns.
+
+    kv_cache [pages, page_size * (L+R)], flat; the other dimensions may be any that lie in a page without gaps.  q_out
+    [T, H' >= H, >= L+R]: [L | R | what was there].  is_nope_first is True; AITER takes nothing else either.  The other arguments
+    are those of fused_qk_rope_concat_and_cache_mla, and so are the launch and what the CPU runs.
+
+    The results are AITER's bit for bit, but where AITER's are a defect:
+
+    - Every row of q_out is written.  AITER leaves those of negative slots as they were.
+    - Finite values saturate in the rotary columns too; in AITER's they overflow to NaN.  NaN stays NaN.
+    - slot_mapping and positions may be int32; AITER reads any tensor as int64.
+    - Positions are clamped to the table; in AITER not at all.
+    - cos_cache and sin_cache may be fp32; AITER reads them as q_nope's dtype.
+    - What AITER refuses: widths other than L = 512 and R = 64, pages of other than 64 slots, a q_out or a cache of q_nope's dtype,
+      and a uint8 cache.  The page's size is the width of kv_cache over L+R.
+
+    Raises as fused_qk_rope_concat_and_cache_mla does.
+    """
+    _run(
+        (
+            *(q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale),
+            *(positions, cos_cache, sin_cache),
+        ),
+        is_neox=bool(is_neox),
+        is_nope_first=bool(is_nope_first),
+        kv_layout="segmented",
+    )
+
+
+def _run(tensors: Sequence[torch.Tensor], *, is_neox: bool, is_nope_first: bool, kv_layout: str = "paged") -> None:
+    """A call with the tensors in the order of _TENSORS."""
+    if {*map(type, tensors)} != {torch.Tensor}:  # a subclass, or something else
+        for name, value in zip(_TENSORS, tensors, strict=True):
             if not isinstance(value, torch.Tensor):
                 raise ArgumentError(f"{name}: expected a tensor, got {type(value).__name__}")
+    q_nope, q_pe, kv_c, k_pe, kv_cache, q_out, slot_mapping, k_scale, q_scale, positions, cos_cache, sin_cache = tensors
+    kv_heads = kv_c.shape[1] if kv_c.ndim == 3 and kv_c.shape[1] > 1 else 1
     key = (
         *(q_nope.dtype, q_nope.shape[1:], k_pe.shape[-1:], kv_cache.dtype, q_out.dtype, q_nope.device),
-        *(bool(is_neox), bool(is_nope_first)),
+        *(is_neox, is_nope_first, kv_heads, kv_layout),
     )
     kernel = _KERNELS.get(key)
     if kernel is None:
-        kernel = _KERNELS[key] = _load(q_nope, k_pe, kv_cache, q_out, is_neox=bool(is_neox), is_nope_first=bool(is_nope_first))
+        options = {"nope_first": is_nope_first, "kv_heads": kv_heads, "kv_layout": kv_layout}
+        kernel = _KERNELS[key] = _load(q_nope, kv_c, k_pe, kv_cache, q_out, is_neox=is_neox, options=options)
     spec = kernel.spec
 
-    if kv_c.ndim != 2:
+    if kv_c.ndim != 2 and kv_heads == 1:
         kv_c = _one_head("kv_c", kv_c, 1, "T", spec.lora_rank)
-    if k_pe.ndim != 2:
+    if k_pe.ndim != 2 and kv_heads == 1:
         k_pe = _one_head("k_pe", k_pe, 1, "T", spec.rope_dim)
-    if kv_cache.ndim != 3:
+    if kv_layout == "segmented":
+        if kv_cache.ndim != 2:
+            kv_cache = _flat("kv_cache", kv_cache)
+        if q_out.ndim == 3 and q_out.shape[2] > spec.entry_dim:
+            q_out = q_out[..., : spec.entry_dim]
+    elif kv_cache.ndim != 3 and kv_heads == 1:
         kv_cache = _one_head("kv_cache", kv_cache, 2, "blocks, block_size", spec.entry_dim)
     if slot_mapping.ndim != 1:
         raise ArgumentError(f"slot_mapping: shape {list(slot_mapping.shape)}, expected [T]")
@@ -125,8 +190,9 @@ def fused_qk_rope_concat_and_cache_mla(
 
 
 def _load(
-    q_nope: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, q_out: torch.Tensor, *, is_neox: bool, is_nope_first: bool
-) -> Kernel:
+    q_nope: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, q_out: torch.Tensor,
+    *, is_neox: bool, options: Mapping[str, Any],
+) -> Kernel:  # fmt: skip
     """The kernel for tensors like these."""
     if q_nope.dtype not in _MODEL:
         raise ArgumentError(f"q_nope: dtype {_name(q_nope.dtype)}, expected {' or '.join(map(_name, _MODEL))}")
@@ -154,10 +220,13 @@ def _load(
             weight="none",
             q_dtype=dtypes["q_out"],
             kv_dtype=dtypes["kv_cache"],
-            nope_first=is_nope_first,
+            **options,
         )
     except SpecError as error:
-        name, tensor = ("k_pe", k_pe) if str(error).startswith("rope_dim") else ("q_nope", q_nope)
+        if str(error).startswith("kv_layout"):
+            raise ArgumentError("is_nope_first: False, expected True: a segmented page has the latent columns first") from None
+        blamed = {"rope_dim": ("k_pe", k_pe), "kv_heads": ("kv_c", kv_c)}
+        name, tensor = blamed.get(str(error).partition("=")[0], ("q_nope", q_nope))
         raise ArgumentError(f"{name}: shape {list(tensor.shape)}, {error}") from None
     arch = None
     if q_nope.device.type == "cpu":
@@ -170,6 +239,16 @@ def _one_head(name: str, tensor: torch.Tensor, axis: int, rows: str, width: int)
     if tensor.dim() == axis + 2 and tensor.shape[axis] == 1:
         return tensor.select(axis, 0)
     raise ArgumentError(f"{name}: shape {list(tensor.shape)}, expected [{rows}, {width}] or [{rows}, 1, {width}]: one KV head")
+
+
+def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with all dimensions after the first in one, in the same memory."""
+    try:
+        return tensor.view(tensor.shape[0], -1)
+    except (RuntimeError, IndexError):
+        raise ArgumentError(
+            f"{name}: shape {list(tensor.shape)}, strides {list(tensor.stride())}, expected [pages, page_size * (L+R)] without gaps"
+        ) from None
 
 
 def _rows(tensor: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ import importlib.util
 
 import torch
 
-from mlagen.peers.peer import Peer
+from mlagen.peers.peer import Peer, other_cache
 from mlagen.peers.product import absorber
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
@@ -41,7 +41,9 @@ def _missing(target: Target) -> str:
 def _misfit(spec: PrologueSpec, target: Target) -> str:
     if spec.rope_style == "none":
         return "it always rotates"
-    return "an fp8 query needs an fp8 cache" if spec.q_dtype == "fp8" and spec.kv_dtype != "fp8" else ""
+    if spec.q_dtype == "fp8" and spec.kv_dtype != "fp8":
+        return "an fp8 query needs an fp8 cache"
+    return other_cache(spec, target)
 
 
 def _candidates(workload: Workload) -> list[Candidate]:

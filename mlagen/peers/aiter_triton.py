@@ -16,7 +16,7 @@ import torch
 
 from mlagen.peers.aiter_hip import missing_operator
 from mlagen.peers.aiter_source import WithoutOptions, import_from
-from mlagen.peers.peer import Peer
+from mlagen.peers.peer import Peer, other_cache
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
 from mlagen.timing.candidate import Candidate
@@ -51,7 +51,7 @@ def _misfit(spec: PrologueSpec, target: Target) -> str:
         return "L and R must be powers of two"
     if not spec.nope_first:
         return "its rotary columns are the last"
-    return ""
+    return other_cache(spec, target)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mlagen.peers.operators import absorb, rest_of, storage
-from mlagen.peers.peer import Peer, always
+from mlagen.peers.peer import Peer, other_cache
 from mlagen.peers.product import absorber, needs_absorb
 from mlagen.target import Target
 from mlagen.timing.candidate import Candidate
@@ -40,12 +40,12 @@ def _after_bmm(workload: Workload) -> list[Candidate]:
     return [Candidate("bmm+compile", lambda layer: rest(latent(layer), caches[layer]), rounded)]
 
 
-COMPILE = Peer("compile", "torch.compile of the same operators", missing=_missing, misfit=always, candidates=_whole)
+COMPILE = Peer("compile", "torch.compile of the same operators", missing=_missing, misfit=other_cache, candidates=_whole)
 
 BMM_COMPILE = Peer(
     "bmm+compile",
     "torch.bmm, then torch.compile of the rest",
     missing=_missing,
-    misfit=needs_absorb,
+    misfit=lambda spec, target: needs_absorb(spec, target) or other_cache(spec, target),
     candidates=_after_bmm,
 )

@@ -3,7 +3,7 @@
 import torch
 
 from mlagen.peers.operators import absorb, rest_of, storage
-from mlagen.peers.peer import Peer, always
+from mlagen.peers.peer import Peer, other_cache
 from mlagen.timing.candidate import Candidate, Launch
 from mlagen.timing.check import rounded
 from mlagen.timing.workload import Workload
@@ -25,6 +25,6 @@ EAGER = Peer(
     "eager",
     "torch's operators, one after the other",
     missing=lambda target: "",
-    misfit=always,
+    misfit=other_cache,
     candidates=lambda workload: [Candidate("eager", prologue(workload), rounded)],
 )

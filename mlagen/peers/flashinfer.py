@@ -6,7 +6,7 @@ import importlib.util
 import torch
 
 from mlagen.dtypes import DType
-from mlagen.peers.peer import Peer
+from mlagen.peers.peer import Peer, other_cache
 from mlagen.peers.product import absorber
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
@@ -26,7 +26,7 @@ def _misfit(spec: PrologueSpec, target: Target) -> str:
         return "query and cache must be fp8"
     if target.fp8 is not DType.E4M3FN:
         return f"it has no {target.fp8}"
-    return "it always rotates" if spec.rope_style == "none" else ""
+    return "it always rotates" if spec.rope_style == "none" else other_cache(spec, target)
 
 
 def _candidates(workload: Workload) -> list[Candidate]:

@@ -9,9 +9,11 @@ from mlagen.timing.candidate import Candidate
 from mlagen.timing.workload import Workload
 
 
-def always(spec: PrologueSpec, target: Target) -> str:
-    """For a peer that every spec fits."""
-    return ""
+def other_cache(spec: PrologueSpec, target: Target) -> str:
+    """For a peer that writes rows [L+R] to slots that follow one another, and has no other cache."""
+    if spec.kv_heads > 1:
+        return "it has one KV head"
+    return "" if spec.kv_layout == "paged" else "its cache is paged"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from mlagen.runtime import Kernel
 from mlagen.timing.check import Check, explained
-from mlagen.timing.workload import BLOCK_SIZE, Workload
+from mlagen.timing.workload import Workload
 
 Launch = Callable[[int], torch.Tensor]
 """Enqueues one layer's work on the current stream, without waiting, and returns the tensor that will hold its result."""
@@ -32,7 +32,7 @@ def pack(kernel: Kernel, workload: Workload) -> list[torch.Tensor]:
 def kernel_candidate(kernel: Kernel, workload: Workload, packed: Sequence[torch.Tensor] | None = None) -> Candidate:
     """A kernel of mlagen's; `packed` is what pack() gave, where several kernels share it."""
     packed = pack(kernel, workload) if packed is None else packed
-    caches = [cache.view(-1, BLOCK_SIZE, workload.spec.entry_dim) for cache in workload.caches]
+    caches = [workload.paged(layer) for layer in range(workload.layers)]
     out = workload.empty(workload.spec.entry_dim, workload.q_dtype)
 
     def launch(layer: int) -> torch.Tensor:

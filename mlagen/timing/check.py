@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from mlagen.cache_layout import entries, values
 from mlagen.dtypes import model_dtype
 from mlagen.ir import Quantize
 from mlagen.reference import Bounded, evaluate
 from mlagen.timing.workload import Workload
 from mlagen.torch_types import torch_dtype
-from mlagen.verify import compare_outputs, describe
+from mlagen.verify import compare_outputs, describe, expected_entries
 
 ROUNDINGS_IN_BETWEEN = 4
 """How often separate operators may round to the model's dtype before the last conversion: a product, and three times in RoPE."""
@@ -52,9 +53,9 @@ class Oracle:
         return self.values[x].exact
 
     def entries(self) -> torch.Tensor:
-        """[T, L+R]: the cache's rows at the workload's slots, in the cache's dtype."""
-        cache = self.workload.caches[self.layer]
-        return cache.view(torch.uint8)[self.workload.slot_mapping].view(cache.dtype)  # as bytes: not every index takes fp8
+        """[T, L+R]: the cache's rows at the workload's slots, in the cache's dtype; those of fp8_ds_mla as numbers."""
+        workload = self.workload
+        return values(workload.spec, workload.target, entries(workload.spec, workload.paged(self.layer), workload.slot_mapping))
 
 
 Check = Callable[[Oracle, torch.Tensor], str]
@@ -68,7 +69,8 @@ def nothing(oracle: Oracle, result: torch.Tensor) -> str:
 
 def explained(oracle: Oracle, result: torch.Tensor) -> str:
     """q_out and cache entries, of which fp32 arithmetic explains every element."""
-    compared = compare_outputs(oracle.workload.spec, oracle.values["q_out"], oracle.values["kv_entry"], result, oracle.entries())
+    spec = oracle.workload.spec
+    compared = compare_outputs(spec, oracle.values["q_out"], expected_entries(spec, oracle.values), result, oracle.entries())
     return "; ".join(describe(part) for part in compared if not part.passed)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlagen.cache_layout import cache_shape
 from mlagen.dtypes import model_dtype
 from mlagen.quantization import WeightCodes, quantize_weights
 from mlagen.reference import dequantize_weights
@@ -34,7 +35,8 @@ class Workload:
     q [T,H,P+R] (or [T,H,L+R] where the spec does not absorb), kv_c [T,L], k_pe [T,R] and cos_sin_cache [MAX_POSITION,R] in the
     model's dtype; w_uk: for each layer [H,P,L] in that dtype, none where the spec does not absorb; codes: the same where the spec's
     weights are codes, of which w_uk then holds the values, rounded; caches: for each layer [slots, L+R] in the
-    cache's dtype; slot_mapping and positions int64 [T], every slot another and none negative; q_scale and k_scale fp32 [1].
+    cache's dtype, which paged() sees as blocks; slot_mapping and positions int64 [T], every slot another and none negative;
+    q_scale and k_scale fp32 [1].  Of several KV heads kv_c, k_pe and the caches have their number before the columns.
     """
 
     spec: PrologueSpec
@@ -80,6 +82,11 @@ class Workload:
         tensors = (self.codes[0].w_uk, self.codes[0].scale) if self.codes else self.w_uk[:1]
         return sum(tensor.nbytes for tensor in tensors)
 
+    def paged(self, layer: int) -> torch.Tensor:
+        """A layer's cache in blocks of BLOCK_SIZE slots, in the spec's layout; the same memory."""
+        cache = self.caches[layer]
+        return cache.view(cache_shape(self.spec, len(cache) // BLOCK_SIZE, BLOCK_SIZE))
+
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An output [T,H,width] to write to."""
         return torch.empty(self.tokens, self.spec.heads, width, dtype=dtype, device=self.q.device)
@@ -91,7 +98,7 @@ def make_workload(
     """Random values of about 1, and weights that keep them so, drawn on `device`."""
     generator = torch.Generator(device).manual_seed(seed)
     model = torch_dtype(model_dtype(spec.dtype))
-    cache_dtype = torch_dtype(spec.output_dtype(spec.kv_dtype, target))
+    cache_dtype = torch_dtype(spec.cache_dtype(target))
 
     def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(model)
@@ -100,11 +107,9 @@ def make_workload(
     frequencies = 10000.0 ** -(torch.arange(0, spec.rope_dim, 2, device=device) / max(spec.rope_dim, 1))
     angles = torch.arange(MAX_POSITION, device=device)[:, None] * frequencies
     scale = torch.full((1,), SCALE, device=device)
-    q, kv_c, k_pe = (
-        draw(tokens, spec.heads, spec.q_nope_dim + spec.rope_dim),
-        draw(tokens, spec.lora_rank),
-        draw(tokens, spec.rope_dim),
-    )
+    q = draw(tokens, spec.heads, spec.q_nope_dim + spec.rope_dim)
+    kv_c = draw(tokens, *spec.kv_inner, spec.lora_rank)
+    k_pe = draw(tokens, *spec.kv_inner, spec.rope_dim)
     positions = torch.randint(0, MAX_POSITION, (tokens,), generator=generator, device=device)
     slot_mapping = torch.randperm(slots, generator=generator, device=device)[:tokens]
     w_uk, codes = [], []
@@ -126,7 +131,7 @@ def make_workload(
         k_scale=scale,
         w_uk=tuple(w_uk),
         codes=tuple(codes),
-        caches=tuple(torch.zeros(slots, spec.entry_dim, dtype=cache_dtype, device=device) for _ in range(layers)),
+        caches=tuple(torch.zeros(slots, *spec.kv_inner, spec.cache_width, dtype=cache_dtype, device=device) for _ in range(layers)),
     )
 
 

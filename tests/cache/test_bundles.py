@@ -225,8 +225,11 @@ def test_without_jit_and_compiler_the_error_names_the_kernel_and_the_command(spe
         {"weight": "none"},
         {"rounding": "stepwise", "fp8_max": 224},
         {"nope_first": False},
+        {"kv_layout": "segmented"},
+        {"kv_layout": "fp8_ds_mla"},
+        {"kv_heads": 2},
     ],
-    ids=["fp8", "bf16", "no weight", "stepwise", "rope first"],
+    ids=["fp8", "bf16", "no weight", "stepwise", "rope first", "segmented", "fp8_ds_mla", "KV heads"],
 )
 def test_the_command_in_the_error_builds_the_missing_kernel(monkeypatch, tmp_path, options):
     spec = PrologueSpec.from_model("minicpm3", tp=2, **options)

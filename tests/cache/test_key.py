@@ -77,6 +77,9 @@ class TestInputs:
             {"rounding": "stepwise"},
             {"fp8_max": 224.0},
             {"nope_first": False},
+            {"kv_heads": 2},
+            {"kv_layout": "segmented"},
+            {"lora_rank": 128, "kv_layout": "fp8_ds_mla"},
         ],
         ids=lambda change: next(iter(change)),
     )

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from aiter_calls import NONE_WRITTEN, Call, make_call, wrong
+from aiter_calls import LATENT, NONE_WRITTEN, ROTARY, Call, make_call, segmented, wrong
 
-from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla
+from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla, fused_qk_rope_concat_and_cache_mla_seg
 from mlagen.runtime import device_arch
 
 pytestmark = pytest.mark.gpu
@@ -41,3 +41,38 @@ def test_a_captured_call_reads_what_its_inputs_hold_at_replay(is_nope_first):
     graph.replay()
     torch.cuda.synchronize()
     assert not wrong(on(captured, "cpu"), arch)
+
+
+@pytest.mark.parametrize("is_nope_first", [True, False])
+def test_several_kv_heads_are_each_what_it_is_alone(is_nope_first):
+    arch, heads = device_arch(0), 3
+    call = on(make_call(arch=arch, is_nope_first=is_nope_first), "cuda")
+    cache, factors = call["kv_cache"], torch.arange(1, heads + 1, device="cuda")[:, None].bfloat16()
+    several = {**call, **{name: call[name][:, None] * factors for name in ("kv_c", "k_pe")}, "q_out": call["q_out"].clone()}
+    several["kv_cache"] = cache.view(torch.uint8).unsqueeze(2).repeat(1, 1, heads, 1).view(cache.dtype)
+    fused_qk_rope_concat_and_cache_mla(**several)
+    for head in range(heads):
+        alone = {**call, "kv_cache": cache.view(torch.uint8).clone().view(cache.dtype)}
+        alone |= {name: several[name][:, head] for name in ("kv_c", "k_pe")}
+        fused_qk_rope_concat_and_cache_mla(**alone)
+        torch.cuda.synchronize()
+        assert not wrong(on(alone, "cpu"), arch)
+        assert torch.equal(several["kv_cache"].view(torch.uint8)[:, :, head], alone["kv_cache"].view(torch.uint8))
+        assert torch.equal(several["q_out"].view(torch.uint8), alone["q_out"].view(torch.uint8))
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize(("q", "kv"), [("fp8", "fp8"), ("model", "model")])
+def test_segmented_pages_are_those_of_the_cpu(is_neox, q, kv):
+    arch = device_arch(0)
+    plain = make_call(arch=arch, q=q, kv=kv, is_neox=is_neox)
+    ours, paged = on(segmented(plain), "cuda"), on(plain, "cuda")
+    fused_qk_rope_concat_and_cache_mla_seg(**ours)
+    fused_qk_rope_concat_and_cache_mla(**paged)
+    torch.cuda.synchronize()
+    entry = LATENT + ROTARY
+    assert torch.equal(ours["q_out"][..., :entry].cpu().view(torch.uint8), paged["q_out"].cpu().view(torch.uint8))
+    assert (ours["q_out"].cpu().view(torch.uint8)[..., -3:] == NONE_WRITTEN).all()
+    cache = paged["kv_cache"].cpu()
+    pages = torch.cat((cache[..., :LATENT].flatten(1).view(torch.uint8), cache[..., LATENT:].flatten(1).view(torch.uint8)), 1)
+    assert torch.equal(ours["kv_cache"].cpu().view(torch.uint8), pages)

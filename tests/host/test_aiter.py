@@ -223,6 +223,45 @@ def test_scales_that_are_not_read_may_be_anything():
     assert_same(outputs(plain), outputs(call))
 
 
+def several_heads(call: Call, heads: int) -> dict[str, Any]:
+    """kv_c, k_pe and a cache of `heads` KV heads, each with values of its own."""
+    cache = torch.zeros(BLOCKS, BLOCK_SIZE, heads, LATENT + ROTARY, dtype=call["kv_cache"].dtype)
+    factors = torch.arange(1, heads + 1).to(call["kv_c"].dtype)[:, None]
+    return {**{name: call[name][:, None] * factors for name in ("kv_c", "k_pe")}, "kv_cache": unwritten(cache)}
+
+
+@pytest.mark.parametrize(("q", "kv"), [("fp8", "fp8"), ("model", "model"), ("fp8", "bytes")])
+@pytest.mark.parametrize("is_nope_first", [True, False])
+@pytest.mark.parametrize("is_neox", [True, False])
+def test_several_kv_heads_are_each_what_it_is_alone(is_neox, is_nope_first, q, kv):
+    """A call with three KV heads, and one for each of them, which the tests above hold to AITER; also more than the query has."""
+    for heads in (3, 5):
+        plain = make_call(q=q, kv=kv, is_neox=is_neox, is_nope_first=is_nope_first)
+        call = {**plain, **several_heads(plain, heads)}
+        fused_qk_rope_concat_and_cache_mla(**call)
+        for head in range(heads):
+            alone = make_call(q=q, kv=kv, is_neox=is_neox, is_nope_first=is_nope_first)
+            alone |= {name: call[name][:, head] for name in ("kv_c", "k_pe")}
+            fused_qk_rope_concat_and_cache_mla(**alone)
+            assert not wrong(alone, "gfx950")
+            assert torch.equal(call["kv_cache"][:, :, head].view(torch.uint8), alone["kv_cache"].view(torch.uint8))
+            assert torch.equal(call["q_out"].view(torch.uint8), alone["q_out"].view(torch.uint8))
+
+
+def test_kv_heads_may_lie_anywhere():
+    """Where AITER's bounds would cut them off: heads with gaps in kv_c, in k_pe and in the cache."""
+    plain = make_call()
+    dense, spread = ({**make_call(), **several_heads(plain, 2)} for _ in range(2))
+    joined = torch.cat((spread["kv_c"], spread["k_pe"]), -1)
+    spread |= {"kv_c": joined[..., :LATENT], "k_pe": joined[..., LATENT:]}
+    room = torch.full((BLOCKS, BLOCK_SIZE, 2, 100), NONE_WRITTEN, dtype=torch.uint8)
+    spread["kv_cache"] = room[..., : LATENT + ROTARY].view(torch.float8_e4m3fn)
+    for call in (dense, spread):
+        fused_qk_rope_concat_and_cache_mla(**call)
+    assert torch.equal(spread["kv_cache"].view(torch.uint8), dense["kv_cache"].view(torch.uint8))
+    assert (room[..., LATENT + ROTARY :] == NONE_WRITTEN).all()
+
+
 def test_kernels_are_looked_up_once(monkeypatch):
     calls: Iterator[Call] = (make_call(seed, is_neox=1) for seed in range(3))  # AITER's bool takes an int
     fused_qk_rope_concat_and_cache_mla(**next(calls))
@@ -342,7 +381,15 @@ REFUSED = [
     (lambda call: {"kv_cache": call["kv_cache"].flatten(1)}, "kv_cache: shape [5, 320], expected [blocks, block_size, 80] or"),
     (
         lambda call: {"kv_c": call["kv_c"][:, None].repeat(1, 2, 1)},
-        "kv_c: shape [7, 2, 64], expected [T, 64] or [T, 1, 64]: one KV head",
+        "kv_cache: shape [5, 4, 80], expected [any, >=1, 2, 80]",
+    ),
+    (
+        lambda call: {"kv_c": call["kv_c"][:, None].expand(-1, 5000, -1)},
+        "kv_c: shape [7, 5000, 64], kv_heads=5000: must be an integer, from 1 to 4096",
+    ),
+    (
+        lambda call: {**several_heads(call, 2), "k_pe": call["k_pe"]},
+        "k_pe: shape [7, 16], expected [7, 2, 16]",
     ),
     (
         lambda call: {"k_pe": call["k_pe"][:, None].repeat(1, 2, 1)},

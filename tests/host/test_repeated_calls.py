@@ -225,3 +225,42 @@ def test_threads_with_different_numbers_of_tokens(kernel):
     assert not errors
     for launch in itertools.chain.from_iterable(launches):
         assert_done(kernel, launch)
+
+
+LAYOUTS = {
+    "segmented": small_spec(kv_layout="segmented"),
+    "fp8_ds_mla": small_spec(kv_layout="fp8_ds_mla", lora_rank=128),
+    "KV heads": small_spec(kv_heads=2),
+}
+
+
+@pytest.mark.parametrize("spec", LAYOUTS.values(), ids=LAYOUTS)
+def test_other_cache_layouts_in_the_same_objects(spec):
+    """Tensors become those of another call, with other blocks and strides; then a cache that does not fit, and back."""
+    found = load(spec, "cpu", arch="gfx942")
+    kernel = Kernel(found.spec, found.target, found.device, found.variants)
+    held = make_launch(kernel, DENSE)
+    assert_right(kernel, held)
+    others = [
+        replace(DENSE, block_size=7),
+        replace(DENSE, cache="padded"),
+        replace(DENSE, cache="interleaved", tokens=9, block_size=3),
+        DENSE,
+    ]
+    for seed, workload in enumerate((*others, *others)):
+        launch = make_launch(kernel, workload, seed=seed)
+        for name, value in launch.arguments.items():
+            mine = held.arguments[name]
+            for tensor, other in zip(mine, value, strict=True) if isinstance(value, tuple) else ((mine, value),):
+                tensor.data = other
+        kernel(**held.arguments)
+        assert_done(kernel, launch)
+        cache = held.arguments["kv_cache"]
+        kept = cache.data
+        cache.data = cache.data[..., :-1]
+        before = output_bytes(launch).clone()
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match=r"^kv_cache: shape"):
+                kernel(**held.arguments)
+        assert torch.equal(before, output_bytes(launch))
+        cache.data = kept

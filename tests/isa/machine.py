@@ -63,7 +63,9 @@ class Pair:
     module: EmulatedModule
 
     def plan(self, tokens: int) -> schedule.Launch:
-        return self.generated.schedule.launch(self.generated.lowered.segments, tokens, self.host.spec.heads)
+        return self.generated.schedule.launch(
+            self.generated.lowered.segments, tokens, self.host.spec.heads, kv_heads=self.host.spec.kv_heads
+        )
 
 
 @functools.cache

@@ -56,6 +56,12 @@ SCENARIOS = (
     Scenario("odd strides, bf16 outputs", {**BF16_OUTPUTS, "rope_style": "neox"}, work(5, **ODD)),
     Scenario("NaN", {}, work(9, special=True)),
     Scenario("NaN, neox, stepwise", {"rope_style": "neox", "rounding": "stepwise"}, work(17, special=True)),
+    Scenario("KV heads", {"kv_heads": 3, "heads": 2}, work(5)),
+    Scenario("KV heads, odd strides, bf16", {**BF16_OUTPUTS, "kv_heads": 2, "rope_dim": 10}, work(5, **ODD)),
+    Scenario("segmented", {"kv_layout": "segmented"}, work(5, block_size=3)),
+    Scenario("segmented, odd strides, bf16", {**BF16_OUTPUTS, "kv_layout": "segmented", "rope_dim": 10}, work(5, **ODD)),
+    Scenario("fp8_ds_mla", {"kv_layout": "fp8_ds_mla"}, work(9)),
+    Scenario("fp8_ds_mla, odd strides", {"kv_layout": "fp8_ds_mla", "lora_rank": 128, "rope_dim": 10}, work(5, **ODD)),
     Scenario("two waves for a workgroup", {"heads": 5}, work(17), build={"waves_per_workgroup": 2}),
     Scenario("all tokens in one workgroup", {}, work(40), build={"compute_units": 1}),
 )

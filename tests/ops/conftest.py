@@ -1,6 +1,7 @@
 """Kernels on the host run, with everything that their operators take."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 import mlagen
 from mlagen import ops
+from mlagen.cache_layout import cache_shape
 from mlagen.runtime import Kernel
 from mlagen.spec import PrologueSpec
 from mlagen.torch_types import torch_dtype
@@ -23,6 +25,9 @@ SETUPS = {
     "fp8": ("gfx950", PrologueSpec(**SMALL)),
     "bf16-neox": ("gfx950", PrologueSpec(**{**SMALL, "rope_style": "neox", "q_dtype": "bf16", "kv_dtype": "bf16"})),
     "no-rope": ("gfx942", PrologueSpec(**{**SMALL, "rope_dim": 0, "rope_style": "none"})),
+    "segmented": ("gfx942", PrologueSpec(**SMALL, kv_layout="segmented")),
+    "fp8_ds_mla": ("gfx950", PrologueSpec(**{**SMALL, "lora_rank": 128}, kv_layout="fp8_ds_mla")),
+    "KV heads": ("gfx942", PrologueSpec(**SMALL, kv_heads=2)),
     "absorbed": ("sm_90", PrologueSpec(**SMALL, dtype="fp16", weight="none", q_dtype="fp16")),  # with an fp8 cache
 }
 
@@ -43,12 +48,13 @@ class Setup:
 
     def cache(self, *, as_uint8: bool = False) -> torch.Tensor:
         """A cache of BLOCKS blocks with room behind each, every byte FILL; as bytes where it holds fp8 and `as_uint8` is set."""
-        dtype = torch_dtype(self.spec.output_dtype(self.spec.kv_dtype, self.kernel.target))
-        block = BLOCK_SIZE * self.spec.entry_dim
+        dtype = torch_dtype(self.spec.cache_dtype(self.kernel.target))
+        shape = cache_shape(self.spec, BLOCKS, BLOCK_SIZE)
+        block = math.prod(shape[1:])
         stored = torch.full((BLOCKS, (block + 64) * dtype.itemsize), FILL, dtype=torch.uint8)
         if not (as_uint8 and dtype.itemsize == 1):
             stored = stored.view(dtype)
-        return stored.as_strided((BLOCKS, BLOCK_SIZE, self.spec.entry_dim), (block + 64, self.spec.entry_dim, 1))
+        return stored.as_strided(shape, (block + 64, *torch.empty(shape[1:], device="meta").stride()))
 
     def tensors(self, tokens: int, *, pair: bool = False, as_uint8: bool = False) -> Tensors:
         """The operator's tensors for `tokens` rows, in order, with SPARE_SLOTS slots to spare.

@@ -41,6 +41,11 @@ def test_each_spec_has_one_text_that_gives_it_back():
     specs |= {dataclasses.replace(spec, rounding="stepwise") for spec in specs}
     specs |= {dataclasses.replace(spec, fp8_max=224) for spec in specs if "fp8" in (spec.q_dtype, spec.kv_dtype)}
     specs |= {dataclasses.replace(spec, nope_first=False) for spec in specs}
+    specs |= {dataclasses.replace(spec, kv_heads=2) for spec in specs}
+    usual = {spec for spec in specs if spec.nope_first and spec.kv_heads == 1}
+    specs |= {dataclasses.replace(spec, kv_layout="segmented") for spec in usual}
+    scaled = {spec for spec in usual if spec.kv_dtype == "fp8" and (spec.fp8_max is None or spec.q_dtype == "fp8")}
+    specs |= {dataclasses.replace(spec, kv_layout="fp8_ds_mla") for spec in scaled if spec.lora_rank % 128 == 0}
     texts = {ops.spec_to_str(spec): spec for spec in specs}
     assert len(texts) == len(specs)
     assert all(ops.spec_from_str(text) == spec for text, spec in texts.items())
@@ -50,7 +55,8 @@ def test_the_text_is_legible_and_safe_to_quote():
     spec = PrologueSpec(heads=16, nope_dim=128, lora_rank=512, rope_dim=64, rope_style="gptj", fp8_max=224)
     assert ops.spec_to_str(spec) == (
         "heads=16,nope_dim=128,lora_rank=512,rope_dim=64,rope_style=gptj,"
-        "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True"
+        "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True,"
+        "kv_heads=1,kv_layout=paged"
     )
 
 
@@ -286,6 +292,16 @@ WRONG = {
     "q_scale for each row": (10, lambda _: torch.ones(5), "q_scale: shape [5], expected [] or [1]"),
     "k_scale of another type": (11, lambda scale: scale.double(), "k_scale: dtype float64"),
 }
+
+
+@host
+def test_a_segmented_cache_of_broken_slots_is_named_with_and_without_data(setup_of):
+    setup = setup_of("segmented")
+    tensors = list(setup.tensors(5))
+    tensors[5] = tensors[5][:, :-1]
+    for op in (OP, fake(OP)):
+        with pytest.raises(ArgumentError, match=r"^kv_cache: shape \[10, 1279\], expected \[blocks, block_size \* 80\]"):
+            op(*tensors, **setup.options)
 
 
 @host

@@ -55,6 +55,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "largest": {"heads": 4096, "nope_dim": 512, "lora_rank": 2048, "rope_dim": 512},
     "limit": {"fp8_max": 224.0},
     "rope first": {"nope_first": False},
+    "KV heads": {"kv_heads": 2},
+    "KV heads, copied": {"kv_heads": 4096, "kv_dtype": "bf16", "rope_style": "none", "weight": "none"},
+    "segmented": {"kv_layout": "segmented"},
+    "fp8_ds_mla": {"kv_layout": "fp8_ds_mla"},
+    "fp8_ds_mla, copied": {"kv_layout": "fp8_ds_mla", "weight": "none", "rope_style": "none", "lora_rank": 2048},
+    "fp8_ds_mla, no rope": {"kv_layout": "fp8_ds_mla", "rope_style": "none", "rope_dim": 0, "q_dtype": "bf16"},
+    "segmented, copied": {"kv_layout": "segmented", "kv_dtype": "bf16", "rope_style": "none"},
+    "segmented, no rope": {"kv_layout": "segmented", "rope_style": "none", "rope_dim": 0},
     "rope first, absorbed": {"nope_first": False, "weight": "none", "rope_style": "neox", "q_dtype": "bf16"},
 }
 

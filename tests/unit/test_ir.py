@@ -7,7 +7,7 @@ import pytest
 
 from mlagen.dtypes import DType
 from mlagen.errors import ProgramError
-from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, TensorType
+from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize, Rope, TensorType
 from mlagen.lowering import lower
 from mlagen.spec import PrologueSpec
 from mlagen.target import find_target
@@ -36,6 +36,13 @@ KV_ROW = Concat("kv_row", "kv_c", "k_rotated")
 ENTRY = Quantize("kv_entry", "kv_row", FN, "k_scale")
 WRITE = CacheWrite("written", "kv_entry", "kv_cache", "slot_mapping")
 
+SCALES = GroupScale("scales", "kv_c", 128, 448.0, 2.0**-13)
+CODES = Quantize("codes", "kv_c", FN, "scales")
+CODES_WRITE = CacheWrite("codes_written", "codes", "kv_cache", "slot_mapping")
+SCALES_WRITE = CacheWrite("scales_written", "scales", "kv_cache", "slot_mapping", column=512)
+SCALED = (SCALES, CODES, CODES_WRITE, SCALES_WRITE)
+BYTES = TensorType(("N", 656), DType.UINT8)
+
 Q_STAGES, KV_STAGES = (ABSORB, Q_ROPE, Q_ROW, Q_OUT), (K_ROPE, KV_ROW, ENTRY, WRITE)
 
 
@@ -53,6 +60,26 @@ def with_stage(stage: Any, stages: Any = Q_STAGES + KV_STAGES) -> list[Any]:
 
 def changed(stage: Any, **changes: Any) -> Program:
     return program(with_stage(dataclasses.replace(stage, **changes)))
+
+
+def scaled(*changes: Any, stages: Any = SCALED, results: Any = ("codes_written", "scales_written"), **inputs: Any) -> Program:
+    """A cache of codes with scales of their own, each stage of `changes` in the place of the one of its name."""
+    for stage in changes:
+        stages = with_stage(stage, stages)
+    return program(stages, results, **{"kv_cache": BYTES, **inputs})
+
+
+def test_types_of_codes_with_scales_of_their_own():
+    types = scaled().verify()
+    assert {name: str(tensor) for name, tensor in types.items() if name not in INPUTS} == {
+        "scales": "fp32[T, 4]",
+        "codes": "fp8_e4m3fn[T, 512]",
+        "codes_written": "uint8[N, 656]",
+        "scales_written": "uint8[N, 656]",
+    }
+    lines = str(scaled()).splitlines()
+    assert "         scales         = group_scale(kv_c, group=128, divisor=448.0, least=0.0001220703125) : fp32[T, 4]" in lines
+    assert "         scales_written = cache_write(scales, kv_cache, slot_mapping, column=512) : uint8[N, 656]" in lines
 
 
 def test_types_of_the_whole_prologue():
@@ -112,6 +139,7 @@ REJECTED = {
     "an input as result": (program(results=["q_out", "written", "q_pe"]), None, "'q_pe' is no stage's output"),
     "a stage for nothing": (program(results=["q_out"]), None, "'written' is never read"),
     "an input for nothing": (program(Q_STAGES, ["q_out"], kv_c=INPUTS["kv_c"]), None, "'kv_c' is never read"),
+    "a layout of nobody": (changed(WRITE, layout="flat"), "CacheWrite 'written'", "layout 'flat'"),
     # QAbsorb
     "w_uk without heads": (program(w_uk=tensor(128, 512)), "QAbsorb 'ql_nope'", "w_uk [H,P,L]"),
     "q_nope without heads": (program(q_nope=tensor("T", 128)), "QAbsorb 'ql_nope'", "q_nope [T,H,P]"),
@@ -144,10 +172,48 @@ REJECTED = {
         "Quantize 'again'",
         "comes before Quantize",
     ),
+    "scales of other rows": (
+        scaled(
+            kv_c=tensor("T", 512),
+            stages=(SCALES, dataclasses.replace(CODES, x="k_pe"), CODES_WRITE, SCALES_WRITE),
+            k_pe=tensor("S", 64),
+        ),
+        "Quantize 'codes'",
+        "expected fp32[], or fp32 for groups",
+    ),
+    "scales that do not divide": (
+        scaled(dataclasses.replace(CODES, x="k_pe"), dataclasses.replace(SCALES, group=16), k_pe=tensor("T", 80)),
+        "Quantize 'codes'",
+        "fp32 for groups of columns",
+    ),
+    # GroupScale
+    "groups of no power of two": (scaled(dataclasses.replace(SCALES, group=64 * 3)), "GroupScale 'scales'", "groups of 192"),
+    "groups that do not divide": (scaled(kv_c=tensor("T", 320)), "GroupScale 'scales'", "groups of 128 columns"),
+    "groups of too many lanes": (
+        scaled(dataclasses.replace(SCALES, group=1024), kv_c=tensor("T", 1024)),
+        "GroupScale 'scales'",
+        "1024",
+    ),
+    "a divisor of zero": (scaled(dataclasses.replace(SCALES, divisor=0.0)), "GroupScale 'scales'", "divisor=0.0"),
+    "a least scale of 1e-4": (scaled(dataclasses.replace(SCALES, least=1e-4)), "GroupScale 'scales'", "least=0.0001"),
+    "scales of codes": (scaled(kv_c=tensor("T", 512, dtype=FN)), "GroupScale 'scales'", "it comes before Quantize"),
     # CacheWrite
+    "bytes beyond the entry": (scaled(dataclasses.replace(SCALES_WRITE, column=644)), "CacheWrite 'scales_written'", "from 644 on"),
+    "scales off their alignment": (
+        scaled(dataclasses.replace(SCALES_WRITE, column=514)),
+        "CacheWrite 'scales_written'",
+        "from 514 on",
+    ),
+    "segments of bytes": (scaled(dataclasses.replace(CODES_WRITE, layout="segmented")), "CacheWrite 'codes_written'", "bytes"),
+    "a part of an entry of elements": (changed(WRITE, column=1), "CacheWrite 'written'", "only a cache of bytes"),
     "an entry too narrow": (program(kv_cache=tensor("N", 640, dtype=FN)), "CacheWrite 'written'", "does not fill"),
     "rows of heads": (changed(WRITE, x="q_out"), "CacheWrite 'written'", "does not fill"),
     "another flavour": (program(kv_cache=tensor("N", 576, dtype=DType.E4M3FNUZ)), "CacheWrite 'written'", "Quantize comes before"),
+    "KV heads in one entry": (
+        program(kv_c=tensor("T", "K", 512), k_pe=tensor("T", "K", 64)),
+        "CacheWrite 'written'",
+        "does not fill",
+    ),
     "slots of float": (program(slot_mapping=tensor("T", dtype=FP32)), "CacheWrite 'written'", "expected int32[T] or int64[T]"),
 }
 
@@ -181,6 +247,26 @@ NOT_LOWERED = {
     ),
     "a result in between": (program([ABSORB], ["ql_nope"]), "neither a quantised"),
     "an entry as result": (program(KV_STAGES[:3], ["kv_entry"]), "neither a quantised"),
+    "two writes of one byte": (scaled(dataclasses.replace(SCALES_WRITE, column=508)), "it writes byte 508"),
+    "an entry written twice": (
+        program([*KV_STAGES, dataclasses.replace(WRITE, output="again")], ["written", "again"]),
+        "it writes byte 0 of an entry",
+    ),
+    "codes without scales": (
+        scaled(stages=(SCALES, CODES, CODES_WRITE), results=["codes_written"]),
+        "has the codes and not their scales",
+    ),
+    "scales of other values": (
+        scaled(stages=(dataclasses.replace(SCALES, x="k_pe", group=16), *SCALED[1:]), kv_c=tensor("T", 512)),
+        "the scales must be those of 'kv_c'",
+    ),
+    "scales of rotated values": (
+        scaled(K_ROPE, stages=(K_ROPE, dataclasses.replace(SCALES, x="k_rotated", group=16),
+                               dataclasses.replace(CODES, x="k_rotated"),
+                               CODES_WRITE, SCALES_WRITE)),
+        "and that an input",
+    ),
+    "scales alone": (scaled(stages=(SCALES, SCALES_WRITE), results=["scales_written"]), "is computed but no result is made of it"),
     "two RoPE styles": (changed(K_ROPE, style="neox"), "it mixes RoPE styles: gptj, neox"),
     "two queries": (program([*Q_STAGES, dataclasses.replace(Q_OUT, output="again")], ["q_out", "again"]), "one q and one cache"),
     "two model types": (program(kv_c=tensor("T", 512, dtype=FP16)), "it mixes model types"),
@@ -223,6 +309,19 @@ SUBSETS = {
 def test_subsets_lower_to_segments(sound, segments):
     """The longest chain of dependent loads starts first, the absorb comes last."""
     assert [segment.name for segment in lower(sound).segments] == segments
+
+
+def test_scales_go_with_their_codes():
+    (segment,) = lower(scaled()).segments
+    assert (segment.name, segment.sink.groups, segment.sink.scale_write) == ("copy_kv_c", SCALES, SCALES_WRITE)
+    assert (segment.sink.stored, segment.sink.scale) == (DType.UINT8, None)
+
+
+def test_segments_know_their_heads():
+    several = program(kv_c=tensor("T", "K", 512), k_pe=tensor("T", "K", 64), kv_cache=tensor("N", "K", 576, dtype=FN))
+    for each, kv in ((program(), None), (several, "kv_heads")):
+        heads = {segment.name: segment.heads for segment in lower(each).segments}
+        assert heads == {"rotate_k_pe": kv, "rotate_q_pe": "heads", "copy_kv_c": kv, "absorb_q_nope": "heads"}
 
 
 def test_segments_know_their_columns():

@@ -39,7 +39,8 @@ LAYERS = (
         "libraries toolchain cuda_toolchain hiprtc_toolchain compilers machine_code resource_usage cache manifest drivers",
         "target",
     ),
-    Layer("arguments", "arguments signature quantization", "spec torch"),
+    Layer("cache_layout", "cache_layout", "spec torch"),
+    Layer("arguments", "arguments signature quantization", "cache_layout"),
     Layer("runtime", "template_cache binaries packed_weights plan runtime", "codegen binaries arguments"),  # joins both
     Layer("integrations", "integrations", "runtime"),  # under other libraries' names
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it

@@ -43,6 +43,19 @@ def test_eager_operators_are_right(spec, arch):
     assert not measured("eager", spec, arch).failures
 
 
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "bmm"])
+def test_no_peer_has_several_kv_heads(name):
+    for arch in ("gfx950", "sm_90"):
+        assert PEERS[name].misfit(replace(POWERS_OF_TWO, kv_heads=2), TARGETS[arch]) == "it has one KV head"
+
+
+@pytest.mark.parametrize("layout", ["segmented", "fp8_ds_mla"])
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "bmm"])
+def test_no_peer_has_another_cache(name, layout):
+    for arch in ("gfx950", "sm_90"):
+        assert PEERS[name].misfit(replace(POWERS_OF_TWO, kv_layout=layout), TARGETS[arch]) == "its cache is paged"
+
+
 def test_the_product_is_right():
     assert not measured("bmm", SPECS["plain"], "gfx950").failures
 

@@ -56,7 +56,7 @@ def make_call(kernel, tokens=3, *, blocks=8, slots=None, **changes):
         "q": torch.zeros(tokens, spec.heads, 48, dtype=torch.bfloat16),
         "kv_c": torch.zeros(tokens, 64, dtype=torch.bfloat16),
         "k_pe": torch.zeros(tokens, 16, dtype=torch.bfloat16),
-        "packed": kernel.pack_weights(torch.zeros(spec.heads, 32, 64, dtype=torch.bfloat16)),
+        "packed": kernel.pack_weights(torch.zeros(spec.heads, 32, spec.lora_rank, dtype=torch.bfloat16)),
         "kv_cache": torch.zeros(blocks, 16, 80, dtype=fp8),
         "slot_mapping": torch.arange(slots or tokens),
         "positions": torch.arange(tokens, dtype=torch.int32),
@@ -237,6 +237,41 @@ class TestAlignment:
             kv_cache=torch.zeros(8, 16, 80, dtype=types[kv_dtype])[..., :72],
             cos_sin_cache=torch.zeros(100, 8),
             out=torch.zeros(3, spec.heads, 80, dtype=types[q_dtype])[..., :72],
+        )
+        kernel(**call)
+        assert (len(aligned.launches), len(other.launches)) == ((1, 0) if is_aligned else (0, 1))
+
+    @pytest.mark.parametrize(("rope_dim", "kv_dtype", "is_aligned"), [(16, "fp8", True), (8, "fp8", False), (8, "bf16", True)])
+    def test_where_the_rotary_columns_of_a_segmented_block_lie(self, rope_dim, kv_dtype, is_aligned):
+        """A block of 16 slots is aligned; from slot to slot it is R elements."""
+        types = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+        spec = replace(SPEC, rope_dim=rope_dim, kv_dtype=kv_dtype, kv_layout="segmented")
+        kernel, aligned, other = make_kernel("sm_90", spec)
+        call = make_call(
+            kernel,
+            q=torch.zeros(3, spec.heads, 32 + rope_dim, dtype=torch.bfloat16),
+            k_pe=torch.zeros(3, rope_dim, dtype=torch.bfloat16),
+            kv_cache=torch.zeros(8, 16 * (64 + rope_dim), dtype=types[kv_dtype]),
+            cos_sin_cache=torch.zeros(100, 16)[:, :rope_dim],
+            out=torch.zeros(3, spec.heads, 80, dtype=torch.float8_e4m3fn)[..., : 64 + rope_dim],
+        )
+        kernel(**call)
+        assert (len(aligned.launches), len(other.launches)) == ((1, 0) if is_aligned else (0, 1))
+
+    @pytest.mark.parametrize(("lora_rank", "entry", "is_aligned"), [(512, 656, True), (512, 664, False), (128, 160, False)])
+    def test_where_the_rotary_values_of_an_fp8_ds_mla_entry_lie(self, lora_rank, entry, is_aligned):
+        """At byte 528 of 656, a multiple of 16; of narrower latents at byte 132."""
+        spec = replace(SPEC, lora_rank=lora_rank, rope_dim=64 if lora_rank == 512 else 8, kv_layout="fp8_ds_mla")
+        kernel, aligned, other = make_kernel("sm_90", spec)
+        width = lora_rank + lora_rank // 32 + 2 * spec.rope_dim
+        call = make_call(
+            kernel,
+            q=torch.zeros(3, spec.heads, 32 + spec.rope_dim, dtype=torch.bfloat16),
+            kv_c=torch.zeros(3, lora_rank, dtype=torch.bfloat16),
+            k_pe=torch.zeros(3, spec.rope_dim, dtype=torch.bfloat16),
+            kv_cache=torch.zeros(8, 16, entry, dtype=torch.uint8)[..., :width],
+            cos_sin_cache=torch.zeros(100, 64)[:, : spec.rope_dim],
+            out=torch.zeros(3, spec.heads, 640, dtype=torch.float8_e4m3fn)[..., : spec.entry_dim],
         )
         kernel(**call)
         assert (len(aligned.launches), len(other.launches)) == ((1, 0) if is_aligned else (0, 1))

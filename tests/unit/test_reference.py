@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlagen.dtypes import DType
-from mlagen.ir import Concat, Program, QAbsorb, Quantize, Rope, TensorType
+from mlagen.ir import Concat, GroupScale, Program, QAbsorb, Quantize, Rope, TensorType
 from mlagen.reference import Bounded, evaluate, saturating_fp8
 from mlagen.spec import PrologueSpec
 from mlagen.target import find_target
@@ -170,3 +170,30 @@ def test_the_inputs_types_are_those_of_the_program():
     values = evaluate(program, inputs)
     assert values["kv_cache_written"] is values["kv_entry"]
     assert values["kv_entry"].exact.float().tolist() == [[3.0] * 16] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([336.0, 1.0], 1.0),  # vLLM's own example: 0.75 becomes 1
+        ([448.0, -448.0], 1.0),
+        ([-449.0, 0.0], 2.0),
+        ([448.0 * 2.0**100, 1.0], 2.0**100),
+        ([0.0, -0.0], 2.0**-13),
+        ([448.0 * 2.0**-13, 0.0], 2.0**-13),
+        ([449.0 * 2.0**-13, 0.0], 2.0**-12),
+        ([math.nan, 3.0], 2.0**-7),
+        ([math.nan, math.nan], 2.0**-13),
+        ([math.inf, 1.0], math.inf),
+    ],
+)
+def test_a_group_scale_is_the_next_power_of_two(values, scale):
+    stage = GroupScale("s", "x", 2, 448.0, 2.0**-13)
+    got = value(stage, x=torch.tensor([[7.0, 7.0, *values]]))
+    assert got.exact.tolist() == got.low.tolist() == got.high.tolist() == [[2.0**-6, scale]]
+
+
+def test_codes_take_the_scale_of_their_group():
+    stage = Quantize("y", "x", FN, "s")
+    x, scales = torch.tensor([[1.0, 3.0, 5.0, 900.0]]), torch.tensor([[0.5, 2.0]])
+    assert value(stage, x=x, s=scales).exact.float().tolist() == [[2.0, 6.0, 2.5, 448.0]]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlagen.codegen import generate, kernel_name
 from mlagen.dtypes import DType
 from mlagen.errors import ModelError, SpecError
-from mlagen.ir import Concat, Quantize
+from mlagen.ir import CacheWrite, Concat, GroupScale, Quantize
 from mlagen.spec import MAX_HEADS, MAX_LORA_RANK, MAX_NOPE_DIM, MAX_ROPE_DIM, PrologueSpec
 from mlagen.target import TARGETS, find_target
 
@@ -46,6 +46,14 @@ def test_what_is_filled_in():
         {"fp8_max": 224},
         {"fp8_max": 0.5, "kv_dtype": "bf16"},
         {"nope_first": False, "rope_dim": 2},
+        {"kv_heads": 2},
+        {"kv_heads": MAX_HEADS, "rope_dim": 0, "rope_style": "none", "kv_dtype": "bf16"},
+        {"kv_layout": "fp8_ds_mla"},
+        {"kv_layout": "fp8_ds_mla", "lora_rank": 128, "rope_dim": 2, "q_dtype": "bf16", "rope_style": "neox"},
+        {"kv_layout": "fp8_ds_mla", "fp8_max": 224.0},
+        {"kv_layout": "segmented"},
+        {"kv_layout": "segmented", "lora_rank": 16, "rope_dim": 2, "kv_dtype": "bf16"},
+        {"kv_layout": "segmented", "rope_dim": 0, "rope_style": "none", "nope_first": False},
     ],
     ids=str,
 )
@@ -93,6 +101,22 @@ REFUSED = [
     ({"fp8_max": 224, "q_dtype": "bf16", "kv_dtype": "bf16"}, "fp8_max=224", "without an fp8 output"),
     ({"nope_first": None}, "nope_first=None", "True or False"),
     ({"nope_first": 0}, "nope_first=0", "True or False"),
+    ({"kv_layout": "fp8_ds_mla", "lora_rank": 192}, "kv_layout='fp8_ds_mla' with lora_rank=192", "multiple of 128"),
+    ({"kv_layout": "fp8_ds_mla", "kv_dtype": "bf16"}, "kv_layout='fp8_ds_mla' with kv_dtype='bf16'", "use kv_dtype='fp8'"),
+    ({"kv_layout": "fp8_ds_mla", "nope_first": False}, "kv_layout='fp8_ds_mla' with nope_first=False", "the latent columns first"),
+    (
+        {"kv_layout": "fp8_ds_mla", "fp8_max": 224, "q_dtype": "bf16"},
+        "kv_layout='fp8_ds_mla' with fp8_max=224",
+        "leave fp8_max out",
+    ),
+    ({"kv_heads": 0}, "kv_heads=0", "from 1"),
+    ({"kv_heads": MAX_HEADS + 1}, "kv_heads=", str(MAX_HEADS)),
+    ({"kv_heads": 2.0}, "kv_heads=2.0", "integer"),
+    ({"kv_heads": 2, "kv_layout": "segmented"}, "kv_heads=2 with kv_layout='segmented'", "one KV head"),
+    ({"kv_heads": 2, "kv_layout": "fp8_ds_mla"}, "kv_heads=2 with kv_layout='fp8_ds_mla'", "one KV head"),
+    ({"kv_layout": "flat"}, "kv_layout='flat'", "paged, segmented, fp8_ds_mla"),
+    ({"kv_layout": None}, "kv_layout=None", "paged, segmented"),
+    ({"kv_layout": "segmented", "nope_first": False}, "kv_layout='segmented' with nope_first=False", "the latent columns first"),
 ]
 
 
@@ -129,6 +153,8 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
+    kv_heads=field(1, 2),
+    kv_layout=field("paged", "segmented", "fp8_ds_mla"),
     arch=st.sampled_from(list(TARGETS)),
 )
 def test_anything_is_a_kernel_or_a_spec_error(arch, **fields):
@@ -155,6 +181,7 @@ def test_from_model():
     assert PrologueSpec.from_model("deepseek-r1", tp=8, **options) == spec(**options)
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
+    assert PrologueSpec.from_model("deepseek-r1", tp=8, kv_layout="segmented") == spec(kv_layout="segmented")
 
 
 def test_a_spec_is_a_value():
@@ -202,6 +229,9 @@ def test_without_rope_nothing_of_it_is_left():
         {"fp8_max": 224.0},
         {"fp8_max": 0.5},
         {"nope_first": False},
+        {"kv_layout": "segmented"},
+        {"kv_layout": "fp8_ds_mla"},
+        {"kv_heads": 2},
     ],
     ids=str,
 )
@@ -260,6 +290,7 @@ def test_the_name_of_the_usual_order_says_nothing_of_it():
     name = "mla_prologue_p128_wbf16_l512_r64_gptj_bf16_qfp8_kvfp8_fused"
     assert kernel_name(spec(), find_target("gfx950")) == f"{name}_gfx950"
     assert kernel_name(spec(nope_first=False), find_target("gfx950")) == f"{name}_ropefirst_gfx950"
+    assert kernel_name(spec(kv_layout="segmented"), find_target("gfx950")) == f"{name}_segmented_gfx950"
 
 
 def test_kernels_that_coincide_share_a_name():
@@ -267,5 +298,21 @@ def test_kernels_that_coincide_share_a_name():
     for changes in ({"heads": 3}, {"fp8_max": 240.0}):
         plain, other = (generate(each, target) for each in (spec(), spec(**changes)))
         assert plain.name == other.name
+    several = [generate(spec(kv_heads=heads), target) for heads in (2, 7)]
+    assert several[0].source == several[1].source
     absorbed = [generate(spec(weight="none", nope_dim=width), target) for width in (64, 128)]
     assert absorbed[0].source == absorbed[1].source
+
+
+@pytest.mark.parametrize(("arch", "divisor"), [("gfx942", 224.0), ("gfx950", 448.0), ("sm_90", 448.0)])
+def test_an_entry_of_fp8_ds_mla(arch, divisor):
+    """DeepSeek's 656 bytes; what vLLM divides by is that of the flavour."""
+    wanted, target = spec(kv_layout="fp8_ds_mla"), find_target(arch)
+    assert (wanted.cache_width, wanted.rotary_byte, wanted.scale_groups) == (656, 528, 4)
+    assert wanted.cache_dtype(target) is DType.UINT8
+    assert spec(kv_layout="fp8_ds_mla", rope_dim=0, rope_style="none").cache_width == 528
+    stages = {stage.output: stage for stage in wanted.program(target).stages}
+    assert stages["kv_scales"] == GroupScale("kv_scales", "kv_c", 128, divisor, 2.0**-13)
+    writes = {stage.x: stage.column for stage in stages.values() if isinstance(stage, CacheWrite)}
+    assert writes == {"kv_codes": 0, "kv_scales": 512, "kv_pe": 528}
+    assert "k_scale" not in dict(wanted.program(target).inputs)

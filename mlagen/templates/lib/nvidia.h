@@ -78,6 +78,10 @@ MLAGEN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi
 
 MLAGEN_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
+//% if groups
+MLAGEN_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+
+//% endif
 // This hardware takes no unaligned access.
 //% if aligned
 // The caller promises that every row starts at a multiple of 16 bytes.
