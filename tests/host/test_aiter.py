@@ -26,8 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlagen import runtime
 from mlagen.errors import ArgumentError
-from mlagen.integrations import aiter as drop_in
-from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla
+from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla, rope_concat
 
 pytestmark = pytest.mark.host
 
@@ -265,7 +264,7 @@ def test_kv_heads_may_lie_anywhere():
 def test_kernels_are_looked_up_once(monkeypatch):
     calls: Iterator[Call] = (make_call(seed, is_neox=1) for seed in range(3))  # AITER's bool takes an int
     fused_qk_rope_concat_and_cache_mla(**next(calls))
-    monkeypatch.setattr(drop_in, "load", pytest.fail)
+    monkeypatch.setattr(rope_concat, "load", pytest.fail)
     monkeypatch.setattr(runtime, "load", pytest.fail)
     for call in calls:
         fused_qk_rope_concat_and_cache_mla(**call)

@@ -1,9 +1,4 @@
-"""AITER's decode prologue on mlagen's kernels: replace the import, and nothing else.
-
-    from mlagen.integrations.aiter import fused_qk_rope_concat_and_cache_mla, fused_qk_rope_concat_and_cache_mla_seg
-
-The signatures are those of ROCm/aiter at commit e404860, aiter/ops/cache.py.
-"""
+"""AITER's HIP operators of the prologue without absorb; their signatures are in its aiter/ops/cache.py."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +6,9 @@ from typing import Any
 import torch
 
 from mlagen.errors import ArgumentError, SpecError
+from mlagen.integrations.aiter.tensors import FP8, MODEL_DTYPES, by_name, dtype_name, one_element, rows, table
 from mlagen.runtime import Kernel, load
 from mlagen.spec import PrologueSpec
-
-_MODEL = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
 _TENSORS = (
     *("q_nope", "q_pe", "kv_c", "k_pe", "kv_cache", "q_out", "slot_mapping", "k_scale", "q_scale"),
@@ -175,18 +168,17 @@ def _run(tensors: Sequence[torch.Tensor], *, is_neox: bool, is_nope_first: bool,
     except IndexError:  # a tensor without dimensions, which the kernel refuses
         whole = False
     if not whole:
-        q_nope, q_pe, kv_c, k_pe, q_out, positions = (_rows(each, tokens) for each in (q_nope, q_pe, kv_c, k_pe, q_out, positions))
+        q_nope, q_pe, kv_c, k_pe, q_out, positions = (rows(each, tokens) for each in (q_nope, q_pe, kv_c, k_pe, q_out, positions))
     try:
         kernel(
             (q_nope, q_pe if spec.rope_dim else None), kv_c, k_pe, None, kv_cache, slot_mapping, positions,
-            (cos_cache if cos_cache.ndim == 2 else _table(cos_cache), sin_cache if sin_cache.ndim == 2 else _table(sin_cache)),
-            q_scale=_scale(q_scale) if spec.q_dtype == "fp8" else None,
-            k_scale=_scale(k_scale) if spec.kv_dtype == "fp8" else None,
+            (cos_cache if cos_cache.ndim == 2 else table(cos_cache), sin_cache if sin_cache.ndim == 2 else table(sin_cache)),
+            q_scale=one_element(q_scale) if spec.q_dtype == "fp8" else None,
+            k_scale=one_element(k_scale) if spec.kv_dtype == "fp8" else None,
             out=q_out,
         )  # fmt: skip
     except ArgumentError as error:
-        name, _, rest = str(error).partition(":")
-        raise ArgumentError(f"{_NAMES.get(name, name)}:{rest}") from None
+        raise by_name(error, _NAMES) from None
 
 
 def _load(
@@ -194,20 +186,20 @@ def _load(
     *, is_neox: bool, options: Mapping[str, Any],
 ) -> Kernel:  # fmt: skip
     """The kernel for tensors like these."""
-    if q_nope.dtype not in _MODEL:
-        raise ArgumentError(f"q_nope: dtype {_name(q_nope.dtype)}, expected {' or '.join(map(_name, _MODEL))}")
+    if q_nope.dtype not in MODEL_DTYPES:
+        raise ArgumentError(f"q_nope: dtype {dtype_name(q_nope.dtype)}, expected {' or '.join(map(dtype_name, MODEL_DTYPES))}")
     if q_nope.dim() != 3:
         raise ArgumentError(f"q_nope: shape {list(q_nope.shape)}, expected [T, H, L]")
     if not k_pe.dim():
         raise ArgumentError("k_pe: shape [], expected [T, R] or [T, 1, R]")
     dtypes = {}
-    for name, output, others in (("kv_cache", kv_cache, (*_FP8, torch.uint8)), ("q_out", q_out, _FP8)):
+    for name, output, others in (("kv_cache", kv_cache, (*FP8, torch.uint8)), ("q_out", q_out, FP8)):
         if output.dtype not in (q_nope.dtype, *others):
-            expected = " or ".join(map(_name, (q_nope.dtype, *others)))
+            expected = " or ".join(map(dtype_name, (q_nope.dtype, *others)))
             raise ArgumentError(
-                f"{name}: dtype {_name(output.dtype)}, expected {expected}, beside a q_nope of {_name(q_nope.dtype)}"
+                f"{name}: dtype {dtype_name(output.dtype)}, expected {expected}, beside a q_nope of {dtype_name(q_nope.dtype)}"
             )
-        dtypes[name] = "fp8" if output.dtype in others else _MODEL[q_nope.dtype]
+        dtypes[name] = "fp8" if output.dtype in others else MODEL_DTYPES[q_nope.dtype]
     rope_dim = k_pe.shape[-1]
     try:
         spec = PrologueSpec(
@@ -216,7 +208,7 @@ def _load(
             lora_rank=q_nope.shape[2],
             rope_dim=rope_dim,
             rope_style="none" if rope_dim == 0 else "neox" if is_neox else "gptj",
-            dtype=_MODEL[q_nope.dtype],
+            dtype=MODEL_DTYPES[q_nope.dtype],
             weight="none",
             q_dtype=dtypes["q_out"],
             kv_dtype=dtypes["kv_cache"],
@@ -249,24 +241,3 @@ def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise ArgumentError(
             f"{name}: shape {list(tensor.shape)}, strides {list(tensor.stride())}, expected [pages, page_size * (L+R)] without gaps"
         ) from None
-
-
-def _rows(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The first rows of a tensor that has more."""
-    return tensor[:tokens] if tensor.dim() and tensor.shape[0] > tokens else tensor
-
-
-def _table(tensor: torch.Tensor) -> torch.Tensor:
-    """cos or sin without the dimensions of one element that AITER's other operators have there."""
-    while tensor.dim() > 2 and tensor.shape[1] == 1:
-        tensor = tensor.select(1, 0)
-    return tensor
-
-
-def _scale(tensor: torch.Tensor) -> torch.Tensor:
-    """A scale of any shape with one element."""
-    return tensor.reshape(1) if tensor.ndim > 1 and tensor.numel() == 1 else tensor
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
