@@ -63,6 +63,7 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False) -> tuple[A
         int32("heads", "H of this rank")
     if lowered.absorb:
         int32("token_tiles_per_workgroup", "how many token tiles an absorb workgroup takes")
+    if lowered.absorb and len(lowered.segments) > 1:
         if absorb_first:
             int32("absorb_workgroups", "the first ones of the grid")
         else:

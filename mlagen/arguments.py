@@ -3,8 +3,9 @@
 All checks read shapes, types, strides and devices; none reads device memory, so none waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,6 +46,8 @@ class Checker:
         self.spec, self.target, self.device = spec, target, device
         self.model = torch_dtype(model_dtype(spec.dtype))
         self.fp8 = torch_dtype(target.fp8)
+        types = spec.program(target).verify()
+        self.results = {name: types[name] for name in spec.q_results}  # what a call returns
 
     def tensor(
         self,
@@ -105,6 +108,11 @@ class Checker:
         if packed is not None:
             raise ArgumentError("packed: this kernel does no absorb (weight='none'), pass None")
 
+    def no_output(self, out: object) -> None:
+        """Nothing, where no query is written."""
+        if out is not None:
+            raise ArgumentError("out: this kernel writes no query (write_q=False), pass None")
+
     def query(self, q: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q_nope [T,H,P] and q_pe [T,H,R] from one tensor or from a pair."""
         spec = self.spec
@@ -140,11 +148,17 @@ class Checker:
         """An int64 or int32 vector."""
         return self.tensor(name, value, (extent,), (torch.int64, torch.int32), rows_free=False)
 
-    def output(self, out: object, tokens: int) -> torch.Tensor:
-        """q_out [T, H' >= H, L+R]; its columns, like those of the cache, are in the order that the spec's nope_first says."""
-        dtype = self.fp8 if self.spec.q_dtype == "fp8" else self.model
-        found = self.tensor("out", out, (tokens, f">={self.spec.heads}", self.spec.entry_dim), (dtype,))
+    def output(self, result: str, out: object, tokens: int) -> torch.Tensor:
+        """One of the tensors [T, H' >= H, ...] that a call returns."""
+        type_ = self.results[result]
+        found = self.tensor("out", out, (tokens, f">={self.spec.heads}", *type_.shape[2:]), (torch_dtype(type_.dtype),))
         return self.distinct_rows("out", found)
+
+    def empty(self, result: str, tokens: Any, heads: int) -> torch.Tensor:
+        """A new tensor for it, contiguous."""
+        type_ = self.results[result]
+        shape: Any = (tokens, heads, *type_.shape[2:])
+        return torch.empty(shape, dtype=torch_dtype(type_.dtype), device=self.device)
 
     def distinct_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is written: none of its dimensions is one row seen many times."""
@@ -176,28 +190,17 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     """Check the tensors of a call, in the order of TENSORS.  Raises ArgumentError before anything is launched."""
     spec = checker.spec
     given = dict(zip(TENSORS, tensors, strict=True))
-    q_nope, q_pe = checker.query((given["q"], given["q_pe"]) if q_pair else given["q"])
-    tokens = q_nope.shape[0]
-    latent = checker.tensor("kv_c", given["kv_c"], (tokens, spec.lora_rank), (checker.model,))
-    cache = checker.cache(given["kv_cache"])
-    slots = checker.indices("slot_mapping", given["slot_mapping"], f">={tokens}")
-    views = {
-        "q_nope": ("q", q_nope),
-        "kv_c": ("kv_c", latent),
-        "slot_mapping": ("slot_mapping", slots),
-        "kv_cache": ("kv_cache", cache),
-    }
-    if spec.rope_dim:
-        assert q_pe is not None, "query() gives q_pe where there is one"
-        k_pe = given["k_pe"]
-        shape = (tokens, 1, spec.rope_dim) if isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3 else (tokens, spec.rope_dim)
-        views["q_pe"] = ("q_pe" if q_pair else "q", q_pe)
-        views["k_pe"] = ("k_pe", checker.tensor("k_pe", k_pe, shape, (checker.model,)))
-    if spec.absorbs:
-        packed = checker.tensor("packed", given["packed"], (spec.heads, *packed_shape), (checker.model,), rows_free=False)
-        views["w_uk"] = ("packed", packed)
+    views: dict[str, tuple[str, torch.Tensor]] = {}
+    tokens = None
+    if spec.write_q:
+        views |= _query_views(checker, given, packed_shape, q_pair=q_pair)
+        tokens = views["q_nope"][1].shape[0]
     else:
         checker.no_weights(given["packed"])
+    if spec.write_kv:
+        views |= _cache_views(checker, given, tokens)
+        tokens = views["kv_c"][1].shape[0]
+    assert tokens is not None, "something is written"
     values: dict[str, int] = {"tokens": tokens, "heads": spec.heads}
     if spec.rope_style != "none":
         tables = checker.rotary((given["cos_sin_cache"], given["sin"]) if cos_sin_pair else given["cos_sin_cache"])
@@ -212,22 +215,25 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
             "positions_int64": int(positions.dtype is torch.int64),
             "cos_sin_float": int(cos.dtype is torch.float32),
         }
-    for name in ("q_scale", "k_scale"):
+    for name in [*(["q_scale"] if spec.write_q else []), *(["k_scale"] if spec.write_kv else [])]:
         views[name] = (name, checker.scale(name, given[name]))
-    views["q_out"] = ("out", checker.output(given["out"], tokens))
+    if spec.write_q:
+        views["q_out"] = ("out", checker.output("q_out", given["out"], tokens))
     for name in ("q_nope", "q_pe", "q_out"):
         if name in views:
             values |= {f"{name}_token_stride": views[name][1].stride(0), f"{name}_head_stride": views[name][1].stride(1)}
     for name in ("kv_c", "k_pe"):
         if name in views:
             values[f"{name}_token_stride"] = views[name][1].stride(0)
-    values |= {
-        "block_stride": cache.stride(0),
-        "entry_stride": cache.stride(1),
-        "block_size": cache.shape[1],
-        "block_reciprocal": RECIPROCAL_ONE // cache.shape[1] + 1,
-        "slots_int64": int(slots.dtype is torch.int64),
-    }
+    if spec.write_kv:
+        cache = views["kv_cache"][1]
+        values |= {
+            "block_stride": cache.stride(0),
+            "entry_stride": cache.stride(1),
+            "block_size": cache.shape[1],
+            "block_reciprocal": RECIPROCAL_ONE // cache.shape[1] + 1,
+            "slots_int64": int(views["slot_mapping"][1].dtype is torch.int64),
+        }
     pointers = {}
     for name, (tensor, view) in views.items():
         base = given[tensor]
@@ -236,8 +242,41 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     wide = tuple(name for name in views if name in WIDE)
     strides = [stride * view.element_size() for _, view in map(views.__getitem__, wide) for stride in view.stride()[:-1]]
     if not spec.nope_first:  # the latent starts that far into a row, which must not take it off its alignment
-        strides += [spec.rope_dim * views[name][1].element_size() for name in ("q_out", "kv_cache")]
+        strides += [spec.rope_dim * views[name][1].element_size() for name in ("q_out", "kv_cache") if name in views]
     return Binding(tokens, values, pointers, wide, not any(stride % WIDE_BYTES for stride in strides))
+
+
+def _query_views(
+    checker: Checker, given: Mapping[str, object], packed_shape: Sequence[int], *, q_pair: bool
+) -> dict[str, tuple[str, torch.Tensor]]:
+    """What the query is made of: the query as it arrives, and the weights."""
+    spec = checker.spec
+    q_nope, q_pe = checker.query((given["q"], given["q_pe"]) if q_pair else given["q"])
+    views = {"q_nope": ("q", q_nope)}
+    if spec.rope_dim:
+        assert q_pe is not None, "query() gives q_pe where there is one"
+        views["q_pe"] = ("q_pe" if q_pair else "q", q_pe)
+    if spec.absorbs:
+        packed = checker.tensor("packed", given["packed"], (spec.heads, *packed_shape), (checker.model,), rows_free=False)
+        views["w_uk"] = ("packed", packed)
+    else:
+        checker.no_weights(given["packed"])
+    return views
+
+
+def _cache_views(checker: Checker, given: Mapping[str, object], tokens: int | None) -> dict[str, tuple[str, torch.Tensor]]:
+    """What the cache's entries are made of, and where they go; `tokens` is None where kv_c says how many there are."""
+    spec = checker.spec
+    latent = checker.tensor("kv_c", given["kv_c"], (tokens, spec.lora_rank), (checker.model,))
+    tokens = latent.shape[0]
+    cache = checker.cache(given["kv_cache"])
+    slots = checker.indices("slot_mapping", given["slot_mapping"], f">={tokens}")
+    views = {"kv_c": ("kv_c", latent), "slot_mapping": ("slot_mapping", slots), "kv_cache": ("kv_cache", cache)}
+    if spec.rope_dim:
+        k_pe = given["k_pe"]
+        shape = (tokens, 1, spec.rope_dim) if isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3 else (tokens, spec.rope_dim)
+        views["k_pe"] = ("k_pe", checker.tensor("k_pe", k_pe, shape, (checker.model,)))
+    return views
 
 
 def _shape(shape: Sequence[int | str | None]) -> str:

@@ -23,6 +23,8 @@ from mlagen.cli_options import (
     Fp8Max,
     KvDtype,
     Model,
+    NoWriteKv,
+    NoWriteQ,
     QDtype,
     RopeFirst,
     Rounding,
@@ -91,6 +93,8 @@ def build(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
+    no_write_q: NoWriteQ = False,
+    no_write_kv: NoWriteKv = False,
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
     toolchain: Annotated[str, typer.Option(help="auto; for AMD zig or rocm; for NVIDIA nvrtc or nvcc.")] = "auto",
     build_all: Annotated[bool, typer.Option("--all", help="Every preset, TP size, arch and dtype that the project ships.")] = False,
@@ -104,12 +108,23 @@ def build(
     if (model is not None) + build_all + generated != 1:
         raise RequestError("name one of: a MODEL, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
-    options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options["nope_first"] = not rope_first
+    options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
+    options |= {"nope_first": not rope_first, "write_q": not no_write_q, "write_kv": not no_write_kv}
     if model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
-        for name in ("tp", "arch", "weight", "q_dtype", "kv_dtype", "rounding", "fp8_max", "rope_first"):
+        for name in (
+            "tp",
+            "arch",
+            "weight",
+            "q_dtype",
+            "kv_dtype",
+            "rounding",
+            "fp8_max",
+            "rope_first",
+            "no_write_q",
+            "no_write_kv",
+        ):
             if _given(context, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")
@@ -159,6 +174,8 @@ def verify(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
+    no_write_q: NoWriteQ = False,
+    no_write_kv: NoWriteKv = False,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,64",
     device: Annotated[str, typer.Option(help="host: on the CPU, lane by lane; cuda, hip: on the GPU that torch sees.")] = "host",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random inputs.")] = 0,
@@ -173,8 +190,8 @@ def verify(
         from mlagen.runtime import load
     except ModuleNotFoundError as error:
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
-    options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options["nope_first"] = not rope_first
+    options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
+    options |= {"nope_first": not rope_first, "write_q": not no_write_q, "write_kv": not no_write_kv}
     requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
     without = [each.target.arch for each in requests if not each.target.dependent_launch]
     if pdl and without:

@@ -16,6 +16,8 @@ from mlagen.cli_options import (
     Fp8Max,
     KvDtype,
     Model,
+    NoWriteKv,
+    NoWriteQ,
     QDtype,
     Rounding,
     Tp,
@@ -45,6 +47,8 @@ def bench(
     kv_dtype: KvDtype = "fp8",
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
+    no_write_q: NoWriteQ = False,
+    no_write_kv: NoWriteKv = False,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,64,128,256",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     peers: Annotated[str, typer.Option(help=PEERS_HELP)] = "all",
@@ -74,7 +78,10 @@ def bench(
     chosen = chosen_peers(peers)
     ending = require_plot(plot) if plot else ""
     target = find_target(gpu_arch(device))
-    wanted = request(model, tp, target, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max)
+    wanted = request(
+        model, tp, target, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max,
+        write_q=not no_write_q, write_kv=not no_write_kv,
+    )  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says while it works is no result
         report = _measure(wanted, chosen, counts, layers, repeats)
     if as_json:
@@ -99,7 +106,7 @@ def _measure(wanted: Request, peers: Sequence["Peer"], counts: Sequence[int], la
     spec, target = wanted.spec, wanted.target
     kernel = load(spec, "cuda")
     early = load(spec, "cuda", pdl=True) if target.dependent_launch else None
-    left_out = {peer.name: peer.missing(target) or peer.misfit(spec, target) for peer in peers}
+    left_out = {peer.name: peer.left_out(spec, target) for peer in peers}
     fit = [peer for peer in peers if not left_out[peer.name]]
     methods = run.methods_of(kernel, Floor(target, kernel.device), fit, early)
     layers = run.layers_of(spec, target, fit, layers)

@@ -92,8 +92,15 @@ def variants(spec: PrologueSpec, target: Target) -> tuple[GeneratedKernel, ...]:
 def kernel_name(spec: PrologueSpec, target: Target) -> str:
     """A name that tells apart all kernels that differ: specs that differ in heads only share a kernel."""
     product = f"p{spec.nope_dim}_w{spec.weight}" if spec.absorbs else "absorbed"
-    parts = ["mla_prologue", product, f"l{spec.lora_rank}", f"r{spec.rope_dim}", spec.rope_style, spec.dtype]
-    parts += [f"q{spec.q_dtype}", f"kv{spec.kv_dtype}", spec.rounding]
+    parts = [
+        "mla_prologue",
+        *([product] if spec.write_q else []),
+        f"l{spec.lora_rank}",
+        f"r{spec.rope_dim}",
+        spec.rope_style,
+        spec.dtype,
+    ]
+    parts += [f"q{spec.q_dtype}" if spec.write_q else "noq", f"kv{spec.kv_dtype}" if spec.write_kv else "nokv", spec.rounding]
     if spec.fp8_max is not None and spec.fp8_max != target.fp8.largest:
         parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
     if not spec.nope_first:

@@ -59,15 +59,21 @@ class Kernel:
         self._packed_shape: Sequence[int] = packed_shape(tiles) if tiles else ()
         self._out_dtype = self._checker.fp8 if spec.q_dtype == "fp8" else self._checker.model
         self._absorbs, self._has_rope, self._rotates = spec.absorbs, spec.rope_dim > 0, spec.rope_style != "none"
-        self._on_cpu = device.type == "cpu"
+        self._writes_q, self._checks_slots = spec.write_q, device.type == "cpu" and spec.write_kv
         both = (False, True)
         self._forms = {(q_pair, table_pair): self._form(q_pair, table_pair) for q_pair in both for table_pair in both}
 
     def _form(self, q_pair: bool, table_pair: bool) -> Form:
         """Calls of this kernel with q, with the rotary tables, as a pair or as one tensor."""
-        unread = {"q_pe": not q_pair, "k_pe": not self._has_rope, "packed": not self._absorbs, "sin": not table_pair}
-        rotary = {"positions", "cos_sin_cache", "sin"} if not self._rotates else set()
-        return Form([name for name in TENSORS if name not in rotary and not unread.get(name)])
+        pairs = {"q_pe": not q_pair, "k_pe": not self._has_rope, "packed": not self._absorbs, "sin": not table_pair}
+        unread = {name for name, is_unread in pairs.items() if is_unread}
+        if not self._rotates:
+            unread |= {"positions", "cos_sin_cache", "sin"}
+        if not self.spec.write_q:
+            unread |= {"q", "q_pe", "q_scale", "out"}
+        if not self.spec.write_kv:
+            unread |= {"kv_c", "k_pe", "kv_cache", "slot_mapping", "k_scale"}
+        return Form([name for name in TENSORS if name not in unread])
 
     def pack_weights(self, w_uk: torch.Tensor) -> torch.Tensor:
         """W_UK [H,P,L] of any strides in the order in which this kernel's lanes read it, to be done once at load.
@@ -94,19 +100,19 @@ class Kernel:
 
     def __call__(
         self,
-        q: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None],
-        kv_c: torch.Tensor,
+        q: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None,
+        kv_c: torch.Tensor | None,
         k_pe: torch.Tensor | None,
         packed: torch.Tensor | None,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
+        kv_cache: torch.Tensor | None,
+        slot_mapping: torch.Tensor | None,
         positions: torch.Tensor | None = None,
         cos_sin_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         *,
         q_scale: torch.Tensor | None = None,
         k_scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Run the prologue: returns q_out [T, H' >= H, L+R] (`out` where given) and writes kv_cache at slot_mapping.
 
         q [T,H,P+R] or the pair q_nope [T,H,P], q_pe [T,H,R]; kv_c [T,L]; k_pe [T,R] or [T,1,R]: the model's dtype, unit last
@@ -118,11 +124,18 @@ class Kernel:
         value = code * scale; None is 1; not read where the output is not fp8.  positions and cos_sin_cache are not read, and may
         be None, where rope_style is "none"; k_pe may be None where rope_dim is 0.
 
+        What a spec leaves out is not read and may be None.  With write_kv=False these are kv_c, k_pe, kv_cache, slot_mapping and
+        k_scale.  With write_q=False they are q and q_scale; packed and out must be None, T is the number of kv_c's rows, and the
+        call returns None.
+
         On a GPU the launch goes to the caller's current stream and returns at once; nothing is allocated when `out` is given.
         Raises ArgumentError, naming the argument, what it was and what it may be, before anything is launched.
         """
         if packed is not None and not self._absorbs:
             self._checker.no_weights(packed)
+        if not self._writes_q:
+            self._checker.no_output(out)
+            q = None
         q0: object = q
         cos: object = cos_sin_cache
         q1 = sin = None
@@ -150,10 +163,9 @@ class Kernel:
             if plan is None:
                 plan = form.keep(given, self._plan(form, tensors, given, q_pair, table_pair))
         if plan.tokens:
-            if self._on_cpu:
-                self._check_slots(slot_mapping[: plan.tokens], kv_cache)
+            if self._checks_slots:
+                self._check_slots(slot_mapping, kv_cache, plan.tokens)
             plan.run(given)
-        assert out is not None, "a call without tensors does not get this far"
         return out
 
     def _plan(self, form: Form, tensors: Sequence[Any], given: Sequence[Any], q_pair: bool, table_pair: bool) -> Plan:
@@ -166,7 +178,8 @@ class Kernel:
         )
         threads = generated.schedule.threads
         if launch.grid * threads > MAX_WORK_ITEMS:
-            raise ArgumentError(f"q: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
+            name = "q" if self._writes_q else "kv_c"
+            raise ArgumentError(f"{name}: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
         numbers = {**bound.values, **launch.values}
         matches = matcher(given)
 
@@ -180,9 +193,9 @@ class Kernel:
         elsewhere = _once(lambda: plan(unaligned()))
         return plan(variant.module(), elsewhere) if bound.aligned or not bound.tokens else elsewhere()
 
-    def _check_slots(self, slots: torch.Tensor, kv_cache: torch.Tensor) -> None:
+    def _check_slots(self, slots: Any, kv_cache: Any, tokens: int) -> None:
         """On the CPU a slot outside the cache is found before it is written; a GPU launch cannot look without waiting."""
-        capacity, largest = kv_cache.shape[0] * kv_cache.shape[1], int(slots.max())
+        capacity, largest = kv_cache.shape[0] * kv_cache.shape[1], int(slots[:tokens].max())
         if largest >= capacity:
             raise ArgumentError(f"slot_mapping: slot {largest}, but kv_cache {list(kv_cache.shape)} has slots 0 to {capacity - 1}")
 

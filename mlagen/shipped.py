@@ -35,10 +35,21 @@ def request(
     rounding: str = "fused",
     fp8_max: float | None = None,
     nope_first: bool = True,
+    write_q: bool = True,
+    write_kv: bool = True,
 ) -> Request:
     """The request for a model (preset or path).  Raises ModelError or SpecError."""
     spec = PrologueSpec.from_model(
-        model, tp=tp, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max, nope_first=nope_first
+        model,
+        tp=tp,
+        weight=weight,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        rounding=rounding,
+        fp8_max=fp8_max,
+        nope_first=nope_first,
+        write_q=write_q,
+        write_kv=write_kv,
     )
     spec.program(target)
     return Request(resolve_model(model).name, tp, spec, target)

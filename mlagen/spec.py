@@ -28,6 +28,10 @@ class PrologueSpec:
     fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.  nope_first: in the rows of both outputs the L latent
     columns come before the R rotary ones; False is the other way round.
 
+    write_q=False leaves the query out: only the cache is written, nothing absorbs.  write_kv=False leaves the cache out: only the
+    query is made.  A field of what is left out has no meaning and is set to one value, so that equal kernels have equal specs: with
+    write_q=False weight is "none" and q_dtype the model's dtype, with write_kv=False kv_dtype is.
+
     Raises SpecError, naming the field, what it was and what it may be.
     """
 
@@ -43,6 +47,8 @@ class PrologueSpec:
     rounding: str = "fused"
     fp8_max: float | None = None
     nope_first: bool = True
+    write_q: bool = True
+    write_kv: bool = True
 
     def __post_init__(self) -> None:
         model_dtype(self.dtype)
@@ -57,16 +63,27 @@ class PrologueSpec:
         self._check_choice("q_dtype", ("fp8", self.dtype))
         self._check_choice("kv_dtype", ("fp8", self.dtype))
         self._check_choice("rounding", ROUNDINGS)
+        for field in ("nope_first", "write_q", "write_kv"):
+            self._check_truth(field)
+        if not self.write_q and not self.write_kv:
+            raise SpecError("write_q=False with write_kv=False: nothing would be written, leave one of them out")
+        self._set_what_has_no_meaning()
         if self.rope_dim == 0 and self.rope_style != "none":
             raise SpecError(f"rope_style={self.rope_style!r} with rope_dim=0: there is nothing to rotate, use rope_style='none'")
         if self.fp8_max is not None:
             if "fp8" not in (self.q_dtype, self.kv_dtype):
                 raise SpecError(f"fp8_max={self.fp8_max!r} without an fp8 output: leave it out, or ask for an fp8 query or cache")
             object.__setattr__(self, "fp8_max", self._limit())
-        if not isinstance(self.nope_first, bool):
-            raise SpecError(f"nope_first={self.nope_first!r}: must be True or False")
+
+    def _set_what_has_no_meaning(self) -> None:
+        """One value for each field that changes nothing, whatever was asked for: it is the same kernel."""
+        if not self.write_q:
+            object.__setattr__(self, "weight", "none")
+            object.__setattr__(self, "q_dtype", self.dtype)
+        if not self.write_kv:
+            object.__setattr__(self, "kv_dtype", self.dtype)
         if self.rope_dim == 0:
-            object.__setattr__(self, "nope_first", True)  # one part has no order: it is the same kernel
+            object.__setattr__(self, "nope_first", True)  # one part has no order
 
     def _limit(self) -> float:
         """fp8_max, checked: a limit that fp8 does not hold would itself be rounded, perhaps upwards."""
@@ -83,6 +100,10 @@ class PrologueSpec:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high or value % step:
             shape = f"a multiple of {step} from {low} to {high}" if step > 1 else f"from {low} to {high}"
             raise SpecError(f"{field}={value!r}: must be an integer, {shape}")
+
+    def _check_truth(self, field: str) -> None:
+        if not isinstance(getattr(self, field), bool):
+            raise SpecError(f"{field}={getattr(self, field)!r}: must be True or False")
 
     def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, field)
@@ -104,6 +125,8 @@ class PrologueSpec:
         rounding: str = "fused",
         fp8_max: float | None = None,
         nope_first: bool = True,
+        write_q: bool = True,
+        write_kv: bool = True,
     ) -> "PrologueSpec":
         """The spec of a preset, of a config.json, or of a directory that holds one, on one of `tp` ranks.
 
@@ -123,6 +146,8 @@ class PrologueSpec:
             rounding=rounding,
             fp8_max=fp8_max,
             nope_first=nope_first,
+            write_q=write_q,
+            write_kv=write_kv,
         )
 
     @property
@@ -134,6 +159,11 @@ class PrologueSpec:
     def q_nope_dim(self) -> int:
         """Width of the nope part of q as it arrives: P, or L where it is already absorbed."""
         return self.nope_dim if self.absorbs else self.lora_rank
+
+    @property
+    def q_results(self) -> tuple[str, ...]:
+        """The names of the tensors that a call returns, as `out` has them too; none where no query is written."""
+        return ("q_out",) if self.write_q else ()
 
     @property
     def entry_dim(self) -> int:
@@ -162,9 +192,9 @@ class PrologueSpec:
             raise SpecError(f"fp8_max={self.fp8_max:g}: {target.arch}'s {target.fp8} ends at {target.fp8.largest:g}")
         dtype = model_dtype(self.dtype)
         carried = DType.FP32 if self.rounding == "fused" else dtype
-        q_nope = TensorType(("T", "H", self.q_nope_dim), dtype)
         inputs: list[tuple[str, TensorType]] = []
         stages: list[Stage] = []
+        results: list[str] = []
 
         def take(name: str, shape: tuple[int | str, ...], element: DType) -> str:
             if name not in dict(inputs):
@@ -191,16 +221,18 @@ class PrologueSpec:
             fp8 = element.is_fp8
             return add(Quantize(output, x, element, take(scale, (), DType.FP32) if fp8 else None, self.fp8_max if fp8 else None))
 
-        take("q_nope", q_nope.shape, dtype)
-        latent = "q_nope"
-        if self.absorbs:
-            w_uk = take("w_uk", ("H", self.nope_dim, self.lora_rank), dtype)
-            latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried))
-        q_out = row("q_out", latent, "q_pe", ("T", "H", self.rope_dim), self.q_dtype, "q_scale")
-        entry = row("kv_entry", take("kv_c", ("T", self.lora_rank), dtype), "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")
-        slots = take("slot_mapping", ("T",), DType.INT64)
-        cache = take("kv_cache", ("N", self.entry_dim), self.output_dtype(self.kv_dtype, target))
-        written = add(CacheWrite("kv_cache_written", entry, cache, slots))
-        program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), (q_out, written))
+        if self.write_q:
+            latent = take("q_nope", ("T", "H", self.q_nope_dim), dtype)
+            if self.absorbs:
+                w_uk = take("w_uk", ("H", self.nope_dim, self.lora_rank), dtype)
+                latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried))
+            results.append(row("q_out", latent, "q_pe", ("T", "H", self.rope_dim), self.q_dtype, "q_scale"))
+        if self.write_kv:
+            latent = take("kv_c", ("T", self.lora_rank), dtype)
+            entry = row("kv_entry", latent, "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")
+            slots = take("slot_mapping", ("T",), DType.INT64)
+            cache = take("kv_cache", ("N", self.entry_dim), self.output_dtype(self.kv_dtype, target))
+            results.append(add(CacheWrite("kv_cache_written", entry, cache, slots)))
+        program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), tuple(results))
         program.verify()
         return program

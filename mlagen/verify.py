@@ -1,7 +1,8 @@
 """verify: runs a kernel on random inputs and compares every byte with the oracle."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -51,11 +52,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one launch, as the oracle wants them: w_uk unpacked, cos_sin_cache joined, the outputs between guard bytes."""
+    """Inputs of one launch, as the oracle wants them: w_uk unpacked, cos_sin_cache joined, the outputs between guard bytes.
+
+    An output that the spec leaves out is None.
+    """
 
     inputs: dict[str, torch.Tensor]
-    q_out: Guarded
-    kv_cache: Guarded
+    q_out: Guarded | None
+    kv_cache: Guarded | None
+
+    @property
+    def out(self) -> torch.Tensor | None:
+        """What a call takes as `out`."""
+        return self.q_out.tensor if self.q_out else None
 
 
 def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Case:
@@ -100,62 +109,71 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     q_dtype, kv_dtype = (torch_dtype(spec.output_dtype(name, target)) for name in (spec.q_dtype, spec.kv_dtype))
     width = spec.entry_dim
     rows = spec.heads + 1  # head room: heads that the kernel must leave alone
-    q_out = Guarded((tokens, rows, width), (rows * width, width, 1), q_dtype, device)
     block_stride = BLOCK_SIZE * width + 64
-    kv_cache = Guarded((blocks, BLOCK_SIZE, width), (block_stride, width, 1), kv_dtype, device)
-    return Case(inputs, q_out, kv_cache)
+    return Case(
+        inputs,
+        Guarded((tokens, rows, width), (rows * width, width, 1), q_dtype, device) if spec.write_q else None,
+        Guarded((blocks, BLOCK_SIZE, width), (block_stride, width, 1), kv_dtype, device) if spec.write_kv else None,
+    )
 
 
 def run_case(kernel: Kernel, case: Case) -> None:
     """Launch `kernel` on a case, writing its guarded outputs."""
     inputs = {name: tensor.to(kernel.device) for name, tensor in case.inputs.items()}
     packed = kernel.pack_weights(inputs["w_uk"]) if kernel.spec.absorbs else None
+    cache = case.kv_cache.tensor if case.kv_cache else None
     kernel(
-        (inputs["q_nope"], inputs["q_pe"]), inputs["kv_c"], inputs["k_pe"], packed, case.kv_cache.tensor, inputs["slot_mapping"],
-        inputs["positions"], inputs["cos_sin_cache"], q_scale=inputs["q_scale"], k_scale=inputs["k_scale"], out=case.q_out.tensor,
+        (inputs["q_nope"], inputs["q_pe"]), inputs["kv_c"], inputs["k_pe"], packed, cache, inputs["slot_mapping"],
+        inputs["positions"], inputs["cos_sin_cache"], q_scale=inputs["q_scale"], k_scale=inputs["k_scale"], out=case.out,
     )  # fmt: skip
 
 
 def compare_case(spec: PrologueSpec, target: Target, case: Case) -> list[Comparison]:
     """What a launch left in the case's outputs against the oracle."""
     expected = evaluate(spec.program(target), case.inputs)
-    q, entry = expected["q_out"], expected["kv_entry"]
-    slots = case.inputs["slot_mapping"]
-    kept = slots >= 0
-    q_out, cache = case.q_out.tensor.cpu(), case.kv_cache.tensor.cpu()
-    block, place = slots[kept] // cache.shape[1], slots[kept] % cache.shape[1]
-    cache_written = torch.zeros(cache.shape, dtype=torch.bool)
-    cache_written[block, place] = True
-    q_written = torch.zeros(q_out.shape, dtype=torch.bool)
-    q_written[:, : spec.heads] = True
-    q_stray, kv_stray = case.q_out.stray_bytes(q_written), case.kv_cache.stray_bytes(cache_written)
-    kept_entry = entry.map(lambda end: end[kept])
-    return compare_outputs(spec, q, kept_entry, q_out[:, : spec.heads], cache[block, place], q_stray=q_stray, kv_stray=kv_stray)
+    outputs: dict[str, torch.Tensor] = {}
+    strays: dict[str, int] = {}
+    if case.q_out:
+        q_out = case.q_out.tensor.cpu()
+        written = torch.zeros(q_out.shape, dtype=torch.bool)
+        written[:, : spec.heads] = True
+        outputs["q_out"], strays["q_out"] = q_out[:, : spec.heads], case.q_out.stray_bytes(written)
+    if case.kv_cache:
+        slots, cache = case.inputs["slot_mapping"], case.kv_cache.tensor.cpu()
+        kept = slots >= 0
+        block, place = slots[kept] // cache.shape[1], slots[kept] % cache.shape[1]
+        written = torch.zeros(cache.shape, dtype=torch.bool)
+        written[block, place] = True
+        outputs["kv_entry"], strays["kv_entry"] = cache[block, place], case.kv_cache.stray_bytes(written)
+        expected["kv_entry"] = expected["kv_entry"].map(lambda end: end[kept])
+    return compare_outputs(spec, expected, outputs, strays)
 
 
 def compare_outputs(
     spec: PrologueSpec,
-    q: Bounded,
-    entry: Bounded,
-    q_out: torch.Tensor,
-    entries: torch.Tensor,
-    *,
-    q_stray: int = 0,
-    kv_stray: int = 0,
+    expected: Mapping[str, Bounded],
+    outputs: Mapping[str, torch.Tensor],
+    strays: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Comparison]:
-    """q_out [T,H,L+R] and cache entries [kept,L+R] that a kernel wrote against the oracle's, part by part, on their device.
+    """What a kernel wrote against the oracle's values, part by part, on their device, both by name.
 
-    The strays are counts of bytes that it wrote elsewhere.
+    The names are those of spec.q_results, for tensors [T,H,:], and "kv_entry", for cache entries [kept,L+R].  The strays are counts
+    of bytes that it wrote elsewhere.
     """
     nope, pe = spec.nope_columns, spec.rope_columns
     verbatim = spec.rope_style == "none"
-    comparisons = [
-        _compare("q_out nope", q, q_out, nope, q_stray, must_be_exact=not spec.absorbs),
-        _compare("kv_cache nope", entry, entries, nope, kv_stray, must_be_exact=True),
-    ]
-    if spec.rope_dim:
-        comparisons.insert(1, _compare("q_out pe", q, q_out, pe, 0, must_be_exact=verbatim))
-        comparisons.append(_compare("kv_cache pe", entry, entries, pe, 0, must_be_exact=verbatim))
+    parts: list[tuple[str, str, slice, bool]] = []
+    if spec.write_q:
+        parts += [("q_out nope", "q_out", nope, not spec.absorbs), ("q_out pe", "q_out", pe, verbatim)]
+    if spec.write_kv:
+        parts += [("kv_cache nope", "kv_entry", nope, True), ("kv_cache pe", "kv_entry", pe, verbatim)]
+    comparisons, counted = [], set()
+    for name, output, columns, must_be_exact in parts:
+        if columns.start == columns.stop:
+            continue
+        stray = 0 if output in counted else strays.get(output, 0)  # with the first part of each output
+        counted.add(output)
+        comparisons.append(_compare(name, expected[output], outputs[output], columns, stray, must_be_exact=must_be_exact))
     return comparisons
 
 

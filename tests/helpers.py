@@ -105,8 +105,8 @@ def make_launch(kernel: Kernel, workload: Workload, *, seed: int = 0) -> Launch:
             inputs[name][3::8, ..., 5::13] = torch.nan
     if workload.scales == "none":
         inputs["q_scale"] = inputs["k_scale"] = None
-    outputs = (_query_output(kernel, workload), _cache(kernel, workload, blocks))
-    case = verify.Case(inputs, *outputs)
+    q_out = _query_output(kernel, workload) if spec.write_q else None
+    case = verify.Case(inputs, q_out, _cache(kernel, workload, blocks) if spec.write_kv else None)
     return Launch(case, _arguments(kernel, case, workload))
 
 
@@ -176,20 +176,24 @@ def _arguments(kernel: Kernel, case: verify.Case, workload: Workload) -> dict[st
     # Slots of tokens that are not there: whoever reads them writes far outside, and says so.
     far = min(OUT_OF_RANGE_SLOT, torch.iinfo(workload.slots_dtype).max)
     beyond = torch.full((2,), far, dtype=workload.slots_dtype, device=kernel.device)
-    cache = case.kv_cache.tensor
-    return {
+    arguments = {
         "q": q,
         "kv_c": kv_c,
         "k_pe": (k_pe.unsqueeze(1) if workload.k_pe_rank == 3 else k_pe) if spec.rope_dim else None,
         "packed": embed(kernel.pack_weights(inputs["w_uk"])) if spec.absorbs else None,
-        "kv_cache": cache.view(torch.uint8) if workload.bytes_cache and cache.dtype.itemsize == 1 else cache,
+        "kv_cache": case.kv_cache and case.kv_cache.tensor,
         "slot_mapping": torch.cat((inputs["slot_mapping"], beyond)),
         "positions": embed(inputs["positions"]) if spec.rope_style != "none" else None,
         "cos_sin_cache": table if spec.rope_style != "none" else None,
         "q_scale": inputs["q_scale"],
         "k_scale": inputs["k_scale"],
-        "out": case.q_out.tensor,
+        "out": case.out,
     }
+    if workload.bytes_cache and spec.write_kv and arguments["kv_cache"].dtype.itemsize == 1:
+        arguments["kv_cache"] = arguments["kv_cache"].view(torch.uint8)
+    unread = () if spec.write_q else ("q", "q_scale")
+    unread += () if spec.write_kv else ("kv_c", "k_pe", "kv_cache", "slot_mapping", "k_scale")
+    return arguments | dict.fromkeys(unread)
 
 
 def failures(kernel: Kernel, launch: Launch) -> list[str]:
@@ -230,7 +234,8 @@ def single_kernel(
 
 def output_bytes(launch: Launch) -> torch.Tensor:
     """All bytes of both outputs, what lies around and between their rows included."""
-    storages = (guarded.tensor.untyped_storage() for guarded in (launch.case.q_out, launch.case.kv_cache))
+    outputs = (guarded for guarded in (launch.case.q_out, launch.case.kv_cache) if guarded)
+    storages = (guarded.tensor.untyped_storage() for guarded in outputs)
     return torch.cat([torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu() for storage in storages])
 
 

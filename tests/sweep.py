@@ -34,6 +34,7 @@ SPEC_FACTORS = {
     "rounding": ("fused", "stepwise"),
     "fp8_max": (None, 224.0),
     "nope_first": (True, False),
+    "results": ("both", "query", "cache"),
 }
 
 LAUNCH_FACTORS = {
@@ -65,7 +66,8 @@ PRODUCTS_LIMIT = 300e6
 
 def sensible(row: Row) -> bool:
     rotates = row["rope_style"] != "none"
-    return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not row["q_fp8"] and not row["kv_fp8"])
+    q_fp8, kv_fp8 = row["q_fp8"] and row["results"] != "cache", row["kv_fp8"] and row["results"] != "query"
+    return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not q_fp8 and not kv_fp8)
 
 
 def spec_of(row: Row, heads: int) -> PrologueSpec:
@@ -75,6 +77,8 @@ def spec_of(row: Row, heads: int) -> PrologueSpec:
         weight=dtype if row["absorb"] else "none",
         q_dtype="fp8" if row["q_fp8"] else dtype,
         kv_dtype="fp8" if row["kv_fp8"] else dtype,
+        write_q=row["results"] != "cache",
+        write_kv=row["results"] != "query",
         **{
             name: row[name]
             for name in ("nope_dim", "lora_rank", "rope_dim", "rope_style", "dtype", "rounding", "fp8_max", "nope_first")
@@ -125,4 +129,5 @@ def label(row: Row) -> str:
     width = row["nope_dim"] if row["absorb"] else "absorbed"
     parts = (row["arch"], row["dtype"], width, row["lora_rank"], style, q, kv, row["rounding"], row["fp8_max"] or "")
     parts += () if row["nope_first"] else ("rope first",)
+    parts += () if row["results"] == "both" else (f"{row['results']} only",)
     return "-".join(map(str, parts)).rstrip("-")

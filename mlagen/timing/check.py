@@ -6,6 +6,7 @@ row is compared, whose relative error no rounding to the formats on its way can 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,18 +57,22 @@ class Oracle:
         return cache.view(torch.uint8)[self.workload.slot_mapping].view(cache.dtype)  # as bytes: not every index takes fp8
 
 
-Check = Callable[[Oracle, torch.Tensor], str]
+Check = Callable[[Oracle, Any], str]
 """What is wrong with a method's result, and with the cache that it left; "" if nothing."""
 
 
-def nothing(oracle: Oracle, result: torch.Tensor) -> str:
+def nothing(oracle: Oracle, result: object) -> str:
     """For what computes nothing."""
     return ""
 
 
-def explained(oracle: Oracle, result: torch.Tensor) -> str:
-    """q_out and cache entries, of which fp32 arithmetic explains every element."""
-    compared = compare_outputs(oracle.workload.spec, oracle.values["q_out"], oracle.values["kv_entry"], result, oracle.entries())
+def explained(oracle: Oracle, result: Any) -> str:
+    """What the kernel returned, and cache entries, of which fp32 arithmetic explains every element."""
+    spec = oracle.workload.spec
+    outputs = dict(zip(spec.q_results, result if isinstance(result, tuple) else (result,), strict=False))
+    if spec.write_kv:
+        outputs["kv_entry"] = oracle.entries()
+    compared = compare_outputs(spec, oracle.values, outputs)
     return "; ".join(describe(part) for part in compared if not part.passed)
 
 

@@ -69,6 +69,10 @@ class Workload:
         """Of q_out."""
         return torch_dtype(self.spec.output_dtype(self.spec.q_dtype, self.target))
 
+    def out(self) -> torch.Tensor | None:
+        """What a kernel takes as `out`, to write to."""
+        return self.empty(self.spec.entry_dim, self.q_dtype) if self.spec.write_q else None
+
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An output [T,H,width] to write to."""
         return torch.empty(self.tokens, self.spec.heads, width, dtype=dtype, device=self.q.device)

@@ -77,6 +77,8 @@ class TestInputs:
             {"rounding": "stepwise"},
             {"fp8_max": 224.0},
             {"nope_first": False},
+            {"write_q": False},
+            {"write_kv": False},
         ],
         ids=lambda change: next(iter(change)),
     )

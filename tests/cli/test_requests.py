@@ -86,6 +86,8 @@ NOT_NVIDIA = "is not a toolchain for NVIDIA GPUs; possible are auto, nvrtc, nvcc
         ("build --generated --q-dtype fp8", "--q-dtype goes with a MODEL"),
         ("build --check --fp8-max 1", "--fp8-max goes with a MODEL"),
         ("build --all --rope-first", "--rope-first goes with a MODEL"),
+        ("build --all --no-write-q", "--no-write-q goes with a MODEL"),
+        ("verify deepseek-r1 --no-write-q --no-write-kv", "write_q=False with write_kv=False: nothing would be written"),
         ("build deepseek-r1 glm-5", "unexpected extra argument"),
         ("build deepseek-r1 --out ''", "'--out': it is empty; name a folder"),
         ("build deepseek-r1 --check", "build: no folder of that name; build it first, or name the one to check with --out"),

@@ -28,6 +28,8 @@ SPECS = {
     "same": small_spec(q_dtype="bf16", kv_dtype="bf16", rope_style="none"),
     "fp16": small_spec(dtype="fp16", q_dtype="fp16"),
     "rope first": small_spec(nope_first=False),
+    "cache only": small_spec(write_q=False),
+    "query only": small_spec(write_kv=False),
 }
 
 # Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
@@ -91,6 +93,11 @@ MUTATIONS = (
     Mutation("last row forgotten", "if (row >= uint32_t(args.tokens)) return;", "if (row + 1 >= uint32_t(args.tokens)) return;"),
     Mutation("head stride forgotten", " + head * args.q_pe_head_stride", ""),
     Mutation("piece copied short", "copy<16>(q_out_row", "copy<8>(q_out_row", spec="same"),
+    Mutation(
+        "last entry forgotten", "(row >= uint32_t(args.tokens)) return;", "(row + 1 >= uint32_t(args.tokens)) return;", "cache only"
+    ),
+    Mutation("slot by token without a query", "load_index(args.slot_mapping, token, args.slots_int64)", "token", "cache only"),
+    Mutation("tail guard dropped without a cache", "if (token < args.tokens) quantize", "quantize", "query only"),
     # conversions
     Mutation("saturation dropped", "saturate(x[i] * inverse_scale, limit)", "x[i] * inverse_scale"),
     Mutation("NaN not kept", "x < -limit ? -limit : x > limit ? limit : x", "std::max(-limit, std::min(limit, x))"),

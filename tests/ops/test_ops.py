@@ -41,6 +41,8 @@ def test_each_spec_has_one_text_that_gives_it_back():
     specs |= {dataclasses.replace(spec, rounding="stepwise") for spec in specs}
     specs |= {dataclasses.replace(spec, fp8_max=224) for spec in specs if "fp8" in (spec.q_dtype, spec.kv_dtype)}
     specs |= {dataclasses.replace(spec, nope_first=False) for spec in specs}
+    with_fp8_max = {spec for spec in specs if spec.fp8_max}
+    specs |= {dataclasses.replace(spec, **{part: False}) for spec in specs - with_fp8_max for part in ("write_q", "write_kv")}
     texts = {ops.spec_to_str(spec): spec for spec in specs}
     assert len(texts) == len(specs)
     assert all(ops.spec_from_str(text) == spec for text, spec in texts.items())
@@ -50,7 +52,8 @@ def test_the_text_is_legible_and_safe_to_quote():
     spec = PrologueSpec(heads=16, nope_dim=128, lora_rank=512, rope_dim=64, rope_style="gptj", fp8_max=224)
     assert ops.spec_to_str(spec) == (
         "heads=16,nope_dim=128,lora_rank=512,rope_dim=64,rope_style=gptj,"
-        "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True"
+        "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True,"
+        "write_q=True,write_kv=True"
     )
 
 
@@ -91,6 +94,8 @@ del sys.modules["mlagen.ops"]
 importlib.import_module("mlagen.ops")
 gc.collect()
 print(torch.ops.mlagen.decode_prologue.default._schema)
+print(torch.ops.mlagen.decode_prologue_q.default._schema)
+print(torch.ops.mlagen.decode_prologue_kv.default._schema)
 print(torch.ops.mlagen.pack_weights.default._schema)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -101,6 +106,15 @@ print(torch.ops.mlagen.pack_weights.default._schema)
             "mlagen::decode_prologue(Tensor q, Tensor? q_pe, Tensor kv_c, Tensor? k_pe, Tensor? packed, Tensor(a!) kv_cache, "
             "Tensor slot_mapping, Tensor? positions=None, Tensor? cos_sin_cache=None, Tensor? sin=None, Tensor? q_scale=None, "
             'Tensor? k_scale=None, *, str spec, str arch="", int? q_heads=None) -> Tensor'
+        ),
+        (
+            "mlagen::decode_prologue_q(Tensor q, Tensor? q_pe, Tensor? packed, Tensor? positions=None, Tensor? cos_sin_cache=None, "
+            'Tensor? sin=None, Tensor? q_scale=None, *, str spec, str arch="", int? q_heads=None) -> Tensor'
+        ),
+        (
+            "mlagen::decode_prologue_kv(Tensor kv_c, Tensor? k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, "
+            "Tensor? positions=None, Tensor? cos_sin_cache=None, Tensor? sin=None, Tensor? k_scale=None, "
+            '*, str spec, str arch="") -> ()'
         ),
         'mlagen::pack_weights(Tensor w_uk, *, str spec, str arch="") -> Tensor',
     ]

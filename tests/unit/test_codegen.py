@@ -48,6 +48,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "largest": {"heads": 4096, "nope_dim": 512, "lora_rank": 2048, "rope_dim": 512},
     "limit": {"fp8_max": 224.0},
     "rope first": {"nope_first": False},
+    "no query": {"write_q": False},
+    "no query, copied": {"write_q": False, "rope_style": "none", "rope_dim": 0, "kv_dtype": "bf16"},
+    "no cache": {"write_kv": False},
+    "no cache, no rope": {"write_kv": False, "rope_style": "none", "rope_dim": 0},
     "rope first, absorbed": {"nope_first": False, "weight": "none", "rope_style": "neox", "q_dtype": "bf16"},
 }
 

@@ -46,6 +46,8 @@ def test_what_is_filled_in():
         {"fp8_max": 224},
         {"fp8_max": 0.5, "kv_dtype": "bf16"},
         {"nope_first": False, "rope_dim": 2},
+        {"write_q": False, "lora_rank": 16, "rope_dim": 0, "rope_style": "none"},
+        {"write_kv": False, "lora_rank": MAX_LORA_RANK},
     ],
     ids=str,
 )
@@ -93,6 +95,13 @@ REFUSED = [
     ({"fp8_max": 224, "q_dtype": "bf16", "kv_dtype": "bf16"}, "fp8_max=224", "without an fp8 output"),
     ({"nope_first": None}, "nope_first=None", "True or False"),
     ({"nope_first": 0}, "nope_first=0", "True or False"),
+    ({"write_q": None}, "write_q=None", "True or False"),
+    ({"write_kv": 1}, "write_kv=1", "True or False"),
+    ({"write_q": False, "write_kv": False}, "write_q=False with write_kv=False", "nothing would be written"),
+    ({"write_q": False, "weight": "int4"}, "weight='int4'", "bf16, none"),
+    ({"write_kv": False, "kv_dtype": "e5m2"}, "kv_dtype='e5m2'", "fp8, bf16"),
+    ({"write_q": False, "kv_dtype": "bf16", "fp8_max": 224}, "fp8_max=224", "without an fp8 output"),
+    ({"write_kv": False, "q_dtype": "bf16", "fp8_max": 224}, "fp8_max=224", "without an fp8 output"),
 ]
 
 
@@ -129,6 +138,8 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
+    write_q=field(True, False),
+    write_kv=field(True, False),
     arch=st.sampled_from(list(TARGETS)),
 )
 def test_anything_is_a_kernel_or_a_spec_error(arch, **fields):
@@ -152,7 +163,8 @@ def test_a_limit_that_only_one_flavour_has():
 def test_from_model():
     assert PrologueSpec.from_model("deepseek-r1", tp=8) == spec()
     options = {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rounding": "stepwise", "nope_first": False}
-    assert PrologueSpec.from_model("deepseek-r1", tp=8, **options) == spec(**options)
+    for more in ({}, {"write_q": False}, {"write_kv": False}):
+        assert PrologueSpec.from_model("deepseek-r1", tp=8, **options, **more) == spec(**options, **more)
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
 
@@ -202,6 +214,8 @@ def test_without_rope_nothing_of_it_is_left():
         {"fp8_max": 224.0},
         {"fp8_max": 0.5},
         {"nope_first": False},
+        {"write_q": False},
+        {"write_kv": False},
     ],
     ids=str,
 )
@@ -253,6 +267,34 @@ def test_nope_first_is_the_order_of_the_columns(weight, rope_style):
 def test_without_rope_columns_there_is_no_order():
     none = {"rope_dim": 0, "rope_style": "none"}
     assert spec(**none, nope_first=False) == spec(**none)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "meaningless"),
+    [
+        ("write_q", {"weight": "none"}),
+        ("write_q", {"q_dtype": "bf16"}),
+        ("write_kv", {"kv_dtype": "bf16"}),
+    ],
+)
+def test_what_is_left_out_has_no_types(left_out, meaningless):
+    """One kernel for each meaning."""
+    part = {left_out: False}
+    assert spec(**part, **meaningless) == spec(**part)
+    assert spec(**part, **meaningless, fp8_max=224) == spec(**part, fp8_max=224)
+
+
+def test_a_program_without_the_query():
+    program = spec(write_q=False).program(find_target("gfx950"))
+    assert not {"q_nope", "w_uk", "q_pe", "q_scale"} & set(dict(program.inputs))
+    assert program.results == ("kv_cache_written",)
+    assert spec(write_q=False).q_results == ()
+
+
+def test_a_program_without_the_cache():
+    program = spec(write_kv=False).program(find_target("gfx950"))
+    assert not {"kv_c", "k_pe", "k_scale", "slot_mapping", "kv_cache"} & set(dict(program.inputs))
+    assert program.results == spec(write_kv=False).q_results == ("q_out",)
 
 
 def test_the_name_of_the_usual_order_says_nothing_of_it():
