@@ -34,7 +34,7 @@ class Binding:
 
 TENSORS = (
     *("q", "q_pe", "kv_c", "k_pe", "packed", "kv_cache", "slot_mapping", "positions"),
-    *("cos_sin_cache", "sin", "q_scale", "k_scale", "out"),
+    *("cos_sin_cache", "sin", "q_scale", "k_scale", "out", "out_second"),
 )
 """The tensors of a call in order; a pair takes the place of its joined tensor and the one after it."""
 
@@ -148,16 +148,24 @@ class Checker:
         """An int64 or int32 vector."""
         return self.tensor(name, value, (extent,), (torch.int64, torch.int32), rows_free=False)
 
+    def output_pair(self, out: object) -> tuple[object, object]:
+        """The members of `out`, where a call returns two tensors."""
+        if not isinstance(out, tuple | list) or len(out) != 2:
+            size = f"{len(out)} tensors" if isinstance(out, tuple | list) else type(out).__name__
+            raise ArgumentError(f"out: {size}, expected a pair ({', '.join(self.results)}) or None")
+        return out[0], out[1]
+
     def output(self, result: str, out: object, tokens: int) -> torch.Tensor:
         """One of the tensors [T, H' >= H, ...] that a call returns."""
         type_ = self.results[result]
-        found = self.tensor("out", out, (tokens, f">={self.spec.heads}", *type_.shape[2:]), (torch_dtype(type_.dtype),))
-        return self.distinct_rows("out", found)
+        name = "out" if len(self.results) == 1 else f"out[{[*self.results].index(result)}] ({result})"
+        found = self.tensor(name, out, (tokens, f">={self.spec.heads}", *type_.widths), (torch_dtype(type_.dtype),))
+        return self.distinct_rows(name, found)
 
     def empty(self, result: str, tokens: Any, heads: int) -> torch.Tensor:
         """A new tensor for it, contiguous."""
         type_ = self.results[result]
-        shape: Any = (tokens, heads, *type_.shape[2:])
+        shape: Any = (tokens, heads, *type_.widths)
         return torch.empty(shape, dtype=torch_dtype(type_.dtype), device=self.device)
 
     def distinct_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -177,7 +185,7 @@ class Checker:
         return cache
 
 
-WIDE = ("q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "kv_cache")
+WIDE = ("q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "ql_nope_out", "q_pe_out", "kv_cache")
 """Arguments that point to rows, which the kernel reads and writes WIDE_BYTES at a time."""
 
 WIDE_BYTES = 16
@@ -217,9 +225,9 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
         }
     for name in [*(["q_scale"] if spec.write_q else []), *(["k_scale"] if spec.write_kv else [])]:
         views[name] = (name, checker.scale(name, given[name]))
-    if spec.write_q:
-        views["q_out"] = ("out", checker.output("q_out", given["out"], tokens))
-    for name in ("q_nope", "q_pe", "q_out"):
+    for name, slot in zip(checker.results, ("out", "out_second"), strict=False):
+        views[name] = (slot, checker.output(name, given[slot], tokens))
+    for name in ("q_nope", "q_pe", *checker.results):
         if name in views:
             values |= {f"{name}_token_stride": views[name][1].stride(0), f"{name}_head_stride": views[name][1].stride(1)}
     for name in ("kv_c", "k_pe"):

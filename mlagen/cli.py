@@ -26,6 +26,7 @@ from mlagen.cli_options import (
     NoWriteKv,
     NoWriteQ,
     QDtype,
+    QSplit,
     RopeFirst,
     Rounding,
     Tp,
@@ -93,6 +94,7 @@ def build(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
+    q_split: QSplit = False,
     no_write_q: NoWriteQ = False,
     no_write_kv: NoWriteKv = False,
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
@@ -109,7 +111,7 @@ def build(
         raise RequestError("name one of: a MODEL, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"nope_first": not rope_first, "write_q": not no_write_q, "write_kv": not no_write_kv}
+    options |= {"nope_first": not rope_first, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     if model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
@@ -122,6 +124,7 @@ def build(
             "rounding",
             "fp8_max",
             "rope_first",
+            "q_split",
             "no_write_q",
             "no_write_kv",
         ):
@@ -174,6 +177,7 @@ def verify(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
+    q_split: QSplit = False,
     no_write_q: NoWriteQ = False,
     no_write_kv: NoWriteKv = False,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,64",
@@ -191,7 +195,7 @@ def verify(
     except ModuleNotFoundError as error:
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"nope_first": not rope_first, "write_q": not no_write_q, "write_kv": not no_write_kv}
+    options |= {"nope_first": not rope_first, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
     without = [each.target.arch for each in requests if not each.target.dependent_launch]
     if pdl and without:

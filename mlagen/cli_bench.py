@@ -19,6 +19,7 @@ from mlagen.cli_options import (
     NoWriteKv,
     NoWriteQ,
     QDtype,
+    QSplit,
     Rounding,
     Tp,
     Weight,
@@ -47,6 +48,7 @@ def bench(
     kv_dtype: KvDtype = "fp8",
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
+    q_split: QSplit = False,
     no_write_q: NoWriteQ = False,
     no_write_kv: NoWriteKv = False,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,64,128,256",
@@ -80,7 +82,7 @@ def bench(
     target = find_target(gpu_arch(device))
     wanted = request(
         model, tp, target, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max,
-        write_q=not no_write_q, write_kv=not no_write_kv,
+        q_split=q_split, write_q=not no_write_q, write_kv=not no_write_kv,
     )  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says while it works is no result
         report = _measure(wanted, chosen, counts, layers, repeats)

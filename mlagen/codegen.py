@@ -100,7 +100,8 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
         spec.rope_style,
         spec.dtype,
     ]
-    parts += [f"q{spec.q_dtype}" if spec.write_q else "noq", f"kv{spec.kv_dtype}" if spec.write_kv else "nokv", spec.rounding]
+    q = f"q{spec.q_dtype}{'split' if spec.q_split else ''}" if spec.write_q else "noq"
+    parts += [q, f"kv{spec.kv_dtype}" if spec.write_kv else "nokv", spec.rounding]
     if spec.fp8_max is not None and spec.fp8_max != target.fp8.largest:
         parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
     if not spec.nope_first:
@@ -180,13 +181,13 @@ def _platform(platform: str, lowered: Lowered, context: Mapping[str, Any]) -> st
 def _context(
     name: str, program: Program, lowered: Lowered, schedule: Schedule, target: Target, arguments: tuple[Argument, ...]
 ) -> dict[str, Any]:
-    q, kv = lowered.sink("q"), lowered.sink("kv")
+    queries, kv = lowered.queries, lowered.cache
     partials = []
     if lowered.ropes:
         partials.append("rope")
     if any(sink.quantize.dtype.is_fp8 for sink in lowered.sinks):
         partials.append("quantize")
-    if q:
+    if queries:
         partials.append("concat")
     if kv:
         partials.append("cache_write")
@@ -217,7 +218,7 @@ def _context(
         "product": target.shared_product(lowered.model_dtype),
         "lanes": _lane_expressions(schedule.absorb) if schedule.absorb else None,
         "wgmma": _wgmma_operands(schedule.staging) if schedule.staging else None,
-        "q": _sink_context(q, lowered) if q else None,
+        "queries": [_sink_context(q, lowered) for q in queries],
         "kv": _sink_context(kv, lowered) if kv else None,
     }
 
@@ -308,13 +309,14 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
     if out.is_fp8:
         options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {_float_literal(sink.quantize.limit)}"
     column = "column" if segment.column == 0 else f"{segment.column} + column"
-    row = "q_out_row(args, token, head)" if by_head else "cache_entry(args, slot)"
+    row = f"{sink.tensor}_row(args, token, head)" if by_head else "cache_entry(args, slot)"
     rows = "uint32_t(args.tokens)" + (" * args.heads" if by_head else "")
     context: dict[str, Any] = {
         "name": segment.name,
         "source": segment.source,
         "template": f"stages/segment_{'absorb' if segment.absorb else 'rows'}.hip.j2",
         "chain": chain,
+        "tensor": sink.tensor,
         "by_head": by_head,
         "is_cache": sink.role == "kv",
         "rope": segment.rope,

@@ -16,9 +16,11 @@ from mlagen.ir import CacheWrite, Concat, Program, QAbsorb, Quantize, Rope, Type
 class Sink:
     """Where rows end: an output tensor, its type, and how a row is converted and addressed.
 
-    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] that go to the cache.
+    `number` is its place among the program's results; `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] that go to
+    the cache.
     """
 
+    number: int
     role: str
     tensor: str
     width: int
@@ -63,8 +65,14 @@ class Lowered:
                 found.append(segment.sink)
         return tuple(found)
 
-    def sink(self, role: str) -> Sink | None:
-        return next((sink for sink in self.sinks if sink.role == role), None)
+    @property
+    def queries(self) -> tuple[Sink, ...]:
+        """The tensors of the query, in the order of the program's results."""
+        return tuple(sorted((sink for sink in self.sinks if sink.role == "q"), key=lambda sink: sink.number))
+
+    @property
+    def cache(self) -> Sink | None:
+        return next((sink for sink in self.sinks if sink.role == "kv"), None)
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -76,8 +84,8 @@ def lower(program: Program) -> Lowered:
     """Segments of `program`.  Raises ProgramError for one that is ill-formed or that no single launch can serve."""
     types = program.verify()
     segments: list[Segment] = []
-    for result in program.results:
-        segments += _row_segments(program, types, _sink(program, types, result))
+    for number, result in enumerate(program.results):
+        segments += _row_segments(program, types, _sink(program, types, number, result))
     used = {stage.output for stage in program.stages}
     kept = {name for segment in segments for name in _names(program, segment)}
     for name in sorted(used - kept):
@@ -85,25 +93,28 @@ def lower(program: Program) -> Lowered:
     dtypes = {types[segment.source].dtype for segment in segments}
     styles = {segment.rope.style for segment in segments if segment.rope}
     rotaries = {(segment.rope.cos_sin, segment.rope.positions, segment.width) for segment in segments if segment.rope}
-    roles = [segment.sink.tensor for segment in segments]
+    sources = [segment.source for segment in segments]
+    caches = {segment.sink.tensor for segment in segments if segment.sink.role == "kv"}
     for what, found in (("model types", dtypes), ("RoPE styles", styles), ("rotary tables or widths", rotaries)):
         if len(found) > 1:
             raise ProgramError(f"program {program.name!r}: it mixes {what}: {', '.join(sorted(map(str, found)))}")
-    if len({segment.sink.role for segment in segments}) != len(set(roles)):
-        raise ProgramError(f"program {program.name!r}: two results have the same rows; one q and one cache write at most")
+    if len(set(sources)) < len(sources) or len(caches) > 1:
+        raise ProgramError(
+            f"program {program.name!r}: two results have the same rows; each part of q in one, one cache write at most"
+        )
     segments.sort(key=_order)
     return Lowered(dtypes.pop(), tuple(segments))
 
 
-def _sink(program: Program, types: Types, result: str) -> Sink:
+def _sink(program: Program, types: Types, number: int, result: str) -> Sink:
     stage = program.producer(result)
     if isinstance(stage, CacheWrite):
         quantize = program.producer(stage.x)
         if not isinstance(quantize, Quantize):
             raise stage.reject(f"{stage.x!r} must come from Quantize, which converts it to the cache's type")
-        return Sink("kv", stage.cache, types[stage.cache].width, quantize, stage)
+        return Sink(number, "kv", stage.cache, types[stage.cache].width, quantize, stage)
     if isinstance(stage, Quantize) and len(types[result].shape) == 3:
-        return Sink("q", result, types[result].width, stage, None)
+        return Sink(number, "q", result, types[result].width, stage, None)
     raise ProgramError(f"program {program.name!r}: its result {result!r} is neither a quantised [T,H,:] query nor a cache write")
 
 

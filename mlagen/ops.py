@@ -4,18 +4,21 @@
                                      q_scale?, k_scale?, *, spec, arch="", q_heads=None) -> q_out
     torch.ops.mlagen.decode_prologue_q(q, q_pe?, packed?, positions?, cos_sin_cache?, sin?, q_scale?, *, spec, arch="",
                                        q_heads=None) -> q_out
+    torch.ops.mlagen.decode_prologue_pair(q, q_pe?, kv_c?, k_pe?, packed?, kv_cache?, slot_mapping?, positions?, cos_sin_cache?,
+                                          sin?, q_scale?, k_scale?, *, spec, arch="", q_heads=None) -> (ql_nope_out, q_pe_out)
     torch.ops.mlagen.decode_prologue_kv(kv_c, k_pe?, kv_cache, slot_mapping, positions?, cos_sin_cache?, sin?, k_scale?, *, spec,
                                         arch="") -> ()
     torch.ops.mlagen.pack_weights(w_uk, *, spec, arch="") -> packed
 
 They do what Kernel's methods do, and take the same tensors; a pair is two arguments: q is q_nope where q_pe is given, and
 cos_sin_cache is cos where sin is given.  decode_prologue_q is for a spec with write_kv=False, decode_prologue_kv for one with
-write_q=False.  What a graph adds:
+write_q=False, and decode_prologue_pair for one whose query is a pair, with or without a cache.  What a graph adds:
 
 - `spec` is spec_to_str(PrologueSpec(...)): a constant, equal for equal specs.  `arch` is needed on the CPU, whose tensors do not
   say whose program to run; empty, it means the architecture of the tensors' GPU, and a given one must be it.
 - q_out is a new contiguous tensor [T, q_heads or H, L+R] for the T = q.shape[0] rows of q, every one of them, whatever
-  slot_mapping says.  Heads from H on are zero.  Nothing but kv_cache is written, and by decode_prologue_q nothing at all.
+  slot_mapping says; each of a pair is one, of its own width.  Heads from H on are zero.  Nothing but kv_cache is written, and by
+  decode_prologue_q nothing at all.
 - The operators are for inference: an input that requires grad is an ArgumentError where gradients are recorded.
 
 A kernel is loaded when its operator first runs on a device; mlagen.load(spec, device) beforehand keeps that, and a compile, out of
@@ -35,8 +38,7 @@ from mlagen.errors import ArgumentError, SpecError, TargetError
 from mlagen.packing import packed_shape
 from mlagen.runtime import Kernel, device_arch, load
 from mlagen.spec import PrologueSpec
-from mlagen.target import TARGETS, Target, find_target
-from mlagen.torch_types import torch_dtype
+from mlagen.target import TARGETS, find_target
 
 DECODE_PROLOGUE = (
     "decode_prologue(Tensor q, Tensor? q_pe, Tensor kv_c, Tensor? k_pe, Tensor? packed, Tensor(a!) kv_cache, Tensor slot_mapping, "
@@ -46,6 +48,11 @@ DECODE_PROLOGUE = (
 DECODE_PROLOGUE_Q = (
     "decode_prologue_q(Tensor q, Tensor? q_pe, Tensor? packed, Tensor? positions=None, Tensor? cos_sin_cache=None, "
     'Tensor? sin=None, Tensor? q_scale=None, *, str spec, str arch="", int? q_heads=None) -> Tensor'
+)
+DECODE_PROLOGUE_PAIR = (
+    "decode_prologue_pair(Tensor q, Tensor? q_pe, Tensor? kv_c, Tensor? k_pe, Tensor? packed, Tensor(a!)? kv_cache, "
+    "Tensor? slot_mapping, Tensor? positions=None, Tensor? cos_sin_cache=None, Tensor? sin=None, Tensor? q_scale=None, "
+    'Tensor? k_scale=None, *, str spec, str arch="", int? q_heads=None) -> (Tensor, Tensor)'
 )
 DECODE_PROLOGUE_KV = (
     "decode_prologue_kv(Tensor kv_c, Tensor? k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor? positions=None, "
@@ -100,6 +107,8 @@ def operator_of(spec: PrologueSpec) -> str:
     """The name of the operator that calls the kernels of a spec."""
     if not spec.write_q:
         return "decode_prologue_kv"
+    if len(spec.q_results) == 2:
+        return "decode_prologue_pair"
     return "decode_prologue" if spec.write_kv else "decode_prologue_q"
 
 
@@ -134,16 +143,35 @@ def _decode_prologue(
     if torch.is_grad_enabled():
         _refuse_grad(q, q_pe, kv_c, k_pe, packed, kv_cache, cos_sin_cache, sin, q_scale, k_scale)
     kernel = _kernel("decode_prologue", spec, arch, kv_cache.device)
-    out = _roomy(kernel, q, q_heads)
+    out = None if q_heads is None else _roomy("decode_prologue", q, q_heads, spec, arch)
     q_out: torch.Tensor = kernel(
+        q if q_pe is None else (q, q_pe), kv_c, k_pe, packed, kv_cache, slot_mapping, positions,
+        cos_sin_cache if sin is None else (typing.cast(torch.Tensor, cos_sin_cache), sin),
+        q_scale=q_scale, k_scale=k_scale, out=out[0] if out else None,
+    )  # fmt: skip
+    _clear_room(kernel, out)
+    _count_write(kv_cache)
+    return q_out
+
+
+def _decode_prologue_pair(
+    q: torch.Tensor, q_pe: MaybeTensor, kv_c: MaybeTensor, k_pe: MaybeTensor, packed: MaybeTensor, kv_cache: MaybeTensor,
+    slot_mapping: MaybeTensor, positions: MaybeTensor = None, cos_sin_cache: MaybeTensor = None, sin: MaybeTensor = None,
+    q_scale: MaybeTensor = None, k_scale: MaybeTensor = None, *, spec: str, arch: str = "", q_heads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if torch.is_grad_enabled():
+        _refuse_grad(q, q_pe, kv_c, k_pe, packed, kv_cache, cos_sin_cache, sin, q_scale, k_scale)
+    kernel = _kernel("decode_prologue_pair", spec, arch, q.device)
+    out = None if q_heads is None else _roomy("decode_prologue_pair", q, q_heads, spec, arch)
+    pair: tuple[torch.Tensor, torch.Tensor] = kernel(
         q if q_pe is None else (q, q_pe), kv_c, k_pe, packed, kv_cache, slot_mapping, positions,
         cos_sin_cache if sin is None else (typing.cast(torch.Tensor, cos_sin_cache), sin),
         q_scale=q_scale, k_scale=k_scale, out=out,
     )  # fmt: skip
-    if out is not None:
-        out[:, kernel.spec.heads :].zero_()
-    _count_write(kv_cache)
-    return q_out
+    _clear_room(kernel, out)
+    if kv_cache is not None and kernel.spec.write_kv:
+        _count_write(kv_cache)
+    return pair
 
 
 def _decode_prologue_q(
@@ -153,13 +181,13 @@ def _decode_prologue_q(
     if torch.is_grad_enabled():
         _refuse_grad(q, q_pe, None, None, packed, None, cos_sin_cache, sin, q_scale, None)
     kernel = _kernel("decode_prologue_q", spec, arch, q.device)
-    out = _roomy(kernel, q, q_heads)
+    out = None if q_heads is None else _roomy("decode_prologue_q", q, q_heads, spec, arch)
     q_out: torch.Tensor = kernel(
         q if q_pe is None else (q, q_pe), None, None, packed, None, None, positions,
-        cos_sin_cache if sin is None else (typing.cast(torch.Tensor, cos_sin_cache), sin), q_scale=q_scale, out=out,
+        cos_sin_cache if sin is None else (typing.cast(torch.Tensor, cos_sin_cache), sin),
+        q_scale=q_scale, out=out[0] if out else None,
     )  # fmt: skip
-    if out is not None:
-        out[:, kernel.spec.heads :].zero_()
+    _clear_room(kernel, out)
     return q_out
 
 
@@ -176,13 +204,25 @@ def _decode_prologue_kv(
     _count_write(kv_cache)
 
 
-def _roomy(kernel: Kernel, q: torch.Tensor, q_heads: int | None) -> MaybeTensor:
-    """A tensor for q_out where it is to have more heads than the spec's; the kernel makes the others."""
-    heads = kernel.spec.heads
-    if q_heads is None or q_heads == heads or not q.dim():
+def _roomy(operator: str, q: torch.Tensor, q_heads: int, spec: str, arch: str) -> tuple[torch.Tensor, ...] | None:
+    """The results, where they are to have more heads than the spec; the kernel makes the others."""
+    checker, _ = _expected(operator, spec, arch, q.device)
+    if q_heads == checker.spec.heads or not q.dim():
         return None
-    shape = (q.shape[0], _room(q_heads, heads), kernel.spec.entry_dim)
-    return torch.empty(shape, dtype=_out_dtype(kernel.spec, kernel.target), device=kernel.device)
+    return _results(checker, q, q_heads)
+
+
+def _results(checker: Checker, q: torch.Tensor, q_heads: int | None) -> tuple[torch.Tensor, ...]:
+    """New tensors for what a call returns.  Raises ArgumentError where the spec's heads do not fit."""
+    heads = checker.spec.heads
+    if q_heads is not None and q_heads < heads:
+        raise ArgumentError(f"q_heads: {q_heads}, expected None or at least the spec's {heads}")
+    return tuple(checker.empty(name, q.shape[0], q_heads or heads) for name in checker.results)
+
+
+def _clear_room(kernel: Kernel, out: tuple[torch.Tensor, ...] | None) -> None:
+    for each in out or ():
+        each[:, kernel.spec.heads :].zero_()
 
 
 def _count_write(kv_cache: torch.Tensor) -> None:
@@ -207,17 +247,6 @@ def _refuse_grad(*tensors: MaybeTensor, names: tuple[str, ...] = _FLOATS) -> Non
                 f"{name}: requires grad, and mlagen's operators have no derivative: "
                 "call them under torch.no_grad() or torch.inference_mode(), or detach it"
             )
-
-
-def _room(q_heads: int, heads: int) -> int:
-    """The heads of q_out.  Raises ArgumentError where the spec's do not fit."""
-    if q_heads < heads:
-        raise ArgumentError(f"q_heads: {q_heads}, expected None or at least the spec's {heads}")
-    return q_heads
-
-
-def _out_dtype(spec: PrologueSpec, target: Target) -> torch.dtype:
-    return torch_dtype(spec.output_dtype(spec.q_dtype, target))
 
 
 # What runs on tensors without data: the same checks, where a number of rows may be a symbol, and the same result.
@@ -251,7 +280,24 @@ def _fake_decode_prologue(
     tokens = _check_query(checker, packed_head, q, q_pe, packed, q_scale)
     _check_entries(checker, tokens, kv_c, k_pe, kv_cache, slot_mapping, k_scale)
     _check_rotary(checker, tokens, positions, cos_sin_cache, sin)
-    return _fake_q_out(checker, q, q_heads)
+    (q_out,) = _results(checker, q, q_heads)
+    return q_out
+
+
+def _fake_decode_prologue_pair(
+    q: torch.Tensor, q_pe: MaybeTensor, kv_c: MaybeTensor, k_pe: MaybeTensor, packed: MaybeTensor, kv_cache: MaybeTensor,
+    slot_mapping: MaybeTensor, positions: MaybeTensor = None, cos_sin_cache: MaybeTensor = None, sin: MaybeTensor = None,
+    q_scale: MaybeTensor = None, k_scale: MaybeTensor = None, *, spec: str, arch: str = "", q_heads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if torch.is_grad_enabled():
+        _refuse_grad(q, q_pe, kv_c, k_pe, packed, kv_cache, cos_sin_cache, sin, q_scale, k_scale)
+    checker, packed_head = _expected("decode_prologue_pair", spec, arch, q.device)
+    tokens = _check_query(checker, packed_head, q, q_pe, packed, q_scale)
+    if checker.spec.write_kv:
+        _check_entries(checker, tokens, kv_c, k_pe, kv_cache, slot_mapping, k_scale)
+    _check_rotary(checker, tokens, positions, cos_sin_cache, sin)
+    first, second = _results(checker, q, q_heads)
+    return first, second
 
 
 def _fake_decode_prologue_q(
@@ -263,7 +309,8 @@ def _fake_decode_prologue_q(
     checker, packed_head = _expected("decode_prologue_q", spec, arch, q.device)
     tokens = _check_query(checker, packed_head, q, q_pe, packed, q_scale)
     _check_rotary(checker, tokens, positions, cos_sin_cache, sin)
-    return _fake_q_out(checker, q, q_heads)
+    (q_out,) = _results(checker, q, q_heads)
+    return q_out
 
 
 def _fake_decode_prologue_kv(
@@ -304,19 +351,18 @@ def _check_query(
 
 
 def _check_entries(
-    checker: Checker, tokens: Rows | None, kv_c: torch.Tensor, k_pe: MaybeTensor, kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor, scale: MaybeTensor,
+    checker: Checker, tokens: Rows | None, kv_c: MaybeTensor, k_pe: MaybeTensor, kv_cache: MaybeTensor, slot_mapping: MaybeTensor,
+    scale: MaybeTensor,
 ) -> Rows:  # fmt: skip
     """What the cache's entries are made of, and where they go; returns their number."""
     wanted, model = checker.spec, (checker.model,)
     rows = None if tokens is None else _known(tokens)
-    checker.tensor("kv_c", kv_c, (rows, wanted.lora_rank), model)
+    latent = checker.tensor("kv_c", kv_c, (rows, wanted.lora_rank), model)
     if tokens is None:
-        tokens = kv_c.shape[0]
+        tokens = latent.shape[0]
     else:
-        _match(tokens, "kv_c", kv_c)
-    checker.cache(kv_cache)
-    _pin_place(kv_cache)
+        _match(tokens, "kv_c", latent)
+    _pin_place(checker.cache(kv_cache))
     _check_indices(checker, tokens, "slot_mapping", slot_mapping, spare=True)
     if wanted.rope_dim:
         between = (1,) if k_pe is not None and k_pe.dim() == 3 else ()
@@ -330,11 +376,6 @@ def _check_rotary(checker: Checker, tokens: Rows, positions: MaybeTensor, cos_si
     if checker.spec.rope_style != "none":
         checker.rotary(cos_sin_cache if sin is None else (cos_sin_cache, sin))
         _check_indices(checker, tokens, "positions", positions)
-
-
-def _fake_q_out(checker: Checker, q: torch.Tensor, q_heads: int | None) -> torch.Tensor:
-    heads = checker.spec.heads if q_heads is None else _room(q_heads, checker.spec.heads)
-    return q.new_empty((q.shape[0], heads, checker.spec.entry_dim), dtype=_out_dtype(checker.spec, checker.target))
 
 
 def _known(tokens: Rows) -> int | None:
@@ -397,6 +438,7 @@ def _register() -> object:
     for schema, run, fake in (
         (DECODE_PROLOGUE, _decode_prologue, _fake_decode_prologue),
         (DECODE_PROLOGUE_Q, _decode_prologue_q, _fake_decode_prologue_q),
+        (DECODE_PROLOGUE_PAIR, _decode_prologue_pair, _fake_decode_prologue_pair),
         (DECODE_PROLOGUE_KV, _decode_prologue_kv, _fake_decode_prologue_kv),
         (PACK_WEIGHTS, _pack_weights, _fake_pack_weights),
     ):

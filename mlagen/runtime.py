@@ -59,7 +59,8 @@ class Kernel:
         self._packed_shape: Sequence[int] = packed_shape(tiles) if tiles else ()
         self._out_dtype = self._checker.fp8 if spec.q_dtype == "fp8" else self._checker.model
         self._absorbs, self._has_rope, self._rotates = spec.absorbs, spec.rope_dim > 0, spec.rope_style != "none"
-        self._writes_q, self._checks_slots = spec.write_q, device.type == "cpu" and spec.write_kv
+        self._writes_q, self._returns_one = spec.write_q, len(spec.q_results) == 1
+        self._checks_slots = device.type == "cpu" and spec.write_kv
         both = (False, True)
         self._forms = {(q_pair, table_pair): self._form(q_pair, table_pair) for q_pair in both for table_pair in both}
 
@@ -71,6 +72,8 @@ class Kernel:
             unread |= {"positions", "cos_sin_cache", "sin"}
         if not self.spec.write_q:
             unread |= {"q", "q_pe", "q_scale", "out"}
+        if len(self.spec.q_results) < 2:
+            unread.add("out_second")
         if not self.spec.write_kv:
             unread |= {"kv_c", "k_pe", "kv_cache", "slot_mapping", "k_scale"}
         return Form([name for name in TENSORS if name not in unread])
@@ -111,7 +114,7 @@ class Kernel:
         *,
         q_scale: torch.Tensor | None = None,
         k_scale: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
+        out: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
     ) -> Any:
         """Run the prologue: returns q_out [T, H' >= H, L+R] (`out` where given) and writes kv_cache at slot_mapping.
 
@@ -124,6 +127,8 @@ class Kernel:
         value = code * scale; None is 1; not read where the output is not fp8.  positions and cos_sin_cache are not read, and may
         be None, where rope_style is "none"; k_pe may be None where rope_dim is 0.
 
+        With q_split=True the query is the pair ql_nope_out [T,H',L], q_pe_out [T,H',R], which `out` then takes, too.
+
         What a spec leaves out is not read and may be None.  With write_kv=False these are kv_c, k_pe, kv_cache, slot_mapping and
         k_scale.  With write_q=False they are q and q_scale; packed and out must be None, T is the number of kv_c's rows, and the
         call returns None.
@@ -133,14 +138,13 @@ class Kernel:
         """
         if packed is not None and not self._absorbs:
             self._checker.no_weights(packed)
-        if not self._writes_q:
-            self._checker.no_output(out)
-            q = None
         q0: object = q
         cos: object = cos_sin_cache
-        q1 = sin = None
+        q1 = sin = second = None
         q_pair = table_pair = False
-        if isinstance(q, _PAIR):
+        if not self._writes_q:
+            self._checker.no_output(out)
+        elif isinstance(q, _PAIR):
             q0, q1 = self._checker.pair("q", "(q_nope, q_pe)", q)
             q_pair = self._has_rope or q1 is not None  # without RoPE columns, (q, None) is q
         if not self._rotates:
@@ -148,13 +152,17 @@ class Kernel:
         elif isinstance(cos_sin_cache, _PAIR):
             cos, sin = self._checker.pair("cos_sin_cache", "(cos, sin)", cos_sin_cache)
             table_pair = True
-        if out is None and isinstance(q0, torch.Tensor) and q0.dim():
-            out = torch.empty((q0.shape[0], self.spec.heads, self.spec.entry_dim), dtype=self._out_dtype, device=self.device)
+        if not self._returns_one:
+            first, second = self._outputs(q0, out)
+        elif out is None and isinstance(q0, torch.Tensor) and q0.dim():
+            first = torch.empty((q0.shape[0], self.spec.heads, self.spec.entry_dim), dtype=self._out_dtype, device=self.device)
+        else:
+            first = out
         if q_scale is None:
             q_scale = self.unit_scales[0]
         if k_scale is None:
             k_scale = self.unit_scales[1]
-        tensors = (q0, q1, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos, sin, q_scale, k_scale, out)
+        tensors = (q0, q1, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos, sin, q_scale, k_scale, first, second)
         form = self._forms[q_pair, table_pair]
         given = form.pick(tensors)
         plan = form.recent
@@ -166,7 +174,20 @@ class Kernel:
             if self._checks_slots:
                 self._check_slots(slot_mapping, kv_cache, plan.tokens)
             plan.run(given)
-        return out
+        if self._returns_one:
+            return first
+        return (first, second) if self._writes_q else None
+
+    def _outputs(self, q: object, out: object) -> tuple[object, object]:
+        """What a call writes to, where that is not one tensor: the members of `out`, new tensors, or nothing."""
+        if not self._writes_q:
+            return None, None
+        if out is not None:
+            return self._checker.output_pair(out)
+        if not isinstance(q, torch.Tensor) or not q.dim():
+            return None, None
+        first, second = (self._checker.empty(name, q.shape[0], self.spec.heads) for name in self._checker.results)
+        return first, second
 
     def _plan(self, form: Form, tensors: Sequence[Any], given: Sequence[Any], q_pair: bool, table_pair: bool) -> Plan:
         """The launch for tensors like these.  Raises ArgumentError."""

@@ -213,13 +213,13 @@ def _choose_tiles(segment: Segment, target: Target, atom: MmaAtom, m_tiles: int 
 
 
 def _choose_staging(lowered: Lowered, target: Target, tiles: AbsorbTiles, block: int) -> Staging:
-    product, sink = target.shared_product(lowered.model_dtype), lowered.sink("q")
+    product = target.shared_product(lowered.model_dtype)
     if product is None:
         raise ScheduleError(f"block={block}: {target.arch} has no product from shared memory")
     if block not in product.blocks:
         raise ScheduleError(f"block={block}: {target.arch} multiplies {', '.join(map(str, product.blocks))} tokens at a time")
-    assert sink is not None, "an absorb ends in the query"
-    return Staging(tiles, block, product.waves, 1 if sink.quantize.dtype.is_fp8 else 2, target.lds_bytes)
+    assert lowered.absorb is not None, "only its query is staged"
+    return Staging(tiles, block, product.waves, lowered.absorb.sink.quantize.dtype.bytes, target.lds_bytes)
 
 
 def cut(segment: Segment) -> Pieces:

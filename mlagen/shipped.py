@@ -35,6 +35,7 @@ def request(
     rounding: str = "fused",
     fp8_max: float | None = None,
     nope_first: bool = True,
+    q_split: bool = False,
     write_q: bool = True,
     write_kv: bool = True,
 ) -> Request:
@@ -48,6 +49,7 @@ def request(
         rounding=rounding,
         fp8_max=fp8_max,
         nope_first=nope_first,
+        q_split=q_split,
         write_q=write_q,
         write_kv=write_kv,
     )

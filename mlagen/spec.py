@@ -28,9 +28,10 @@ class PrologueSpec:
     fp8 saturates (vLLM uses 224 on FNUZ); None is the format's own limit.  nope_first: in the rows of both outputs the L latent
     columns come before the R rotary ones; False is the other way round.
 
-    write_q=False leaves the query out: only the cache is written, nothing absorbs.  write_kv=False leaves the cache out: only the
-    query is made.  A field of what is left out has no meaning and is set to one value, so that equal kernels have equal specs: with
-    write_q=False weight is "none" and q_dtype the model's dtype, with write_kv=False kv_dtype is.
+    q_split=True gives the query as two tensors, ql_nope [T,H,L] and q_pe [T,H,R], each with strides of its own; nope_first then
+    speaks of the cache alone.  write_q=False leaves the query out: only the cache is written, nothing absorbs.  write_kv=False
+    leaves the cache out: only the query is made.  A field of what is left out has no meaning and is set to one value, so that equal
+    kernels have equal specs: with write_q=False weight is "none" and q_dtype the model's dtype, with write_kv=False kv_dtype is.
 
     Raises SpecError, naming the field, what it was and what it may be.
     """
@@ -47,6 +48,7 @@ class PrologueSpec:
     rounding: str = "fused"
     fp8_max: float | None = None
     nope_first: bool = True
+    q_split: bool = False
     write_q: bool = True
     write_kv: bool = True
 
@@ -63,10 +65,14 @@ class PrologueSpec:
         self._check_choice("q_dtype", ("fp8", self.dtype))
         self._check_choice("kv_dtype", ("fp8", self.dtype))
         self._check_choice("rounding", ROUNDINGS)
-        for field in ("nope_first", "write_q", "write_kv"):
+        for field in ("nope_first", "q_split", "write_q", "write_kv"):
             self._check_truth(field)
         if not self.write_q and not self.write_kv:
             raise SpecError("write_q=False with write_kv=False: nothing would be written, leave one of them out")
+        if self.q_split and self.rope_dim == 0:
+            raise SpecError("q_split=True with rope_dim=0: there is nothing to split, leave q_split out")
+        if self.q_split and not self.write_q:
+            raise SpecError("q_split=True with write_q=False: there is no query to split, leave one of them out")
         self._set_what_has_no_meaning()
         if self.rope_dim == 0 and self.rope_style != "none":
             raise SpecError(f"rope_style={self.rope_style!r} with rope_dim=0: there is nothing to rotate, use rope_style='none'")
@@ -82,7 +88,7 @@ class PrologueSpec:
             object.__setattr__(self, "q_dtype", self.dtype)
         if not self.write_kv:
             object.__setattr__(self, "kv_dtype", self.dtype)
-        if self.rope_dim == 0:
+        if self.rope_dim == 0 or (self.q_split and not self.write_kv):
             object.__setattr__(self, "nope_first", True)  # one part has no order
 
     def _limit(self) -> float:
@@ -125,6 +131,7 @@ class PrologueSpec:
         rounding: str = "fused",
         fp8_max: float | None = None,
         nope_first: bool = True,
+        q_split: bool = False,
         write_q: bool = True,
         write_kv: bool = True,
     ) -> "PrologueSpec":
@@ -146,6 +153,7 @@ class PrologueSpec:
             rounding=rounding,
             fp8_max=fp8_max,
             nope_first=nope_first,
+            q_split=q_split,
             write_q=write_q,
             write_kv=write_kv,
         )
@@ -163,7 +171,9 @@ class PrologueSpec:
     @property
     def q_results(self) -> tuple[str, ...]:
         """The names of the tensors that a call returns, as `out` has them too; none where no query is written."""
-        return ("q_out",) if self.write_q else ()
+        if not self.write_q:
+            return ()
+        return ("ql_nope_out", "q_pe_out") if self.q_split else ("q_out",)
 
     @property
     def entry_dim(self) -> int:
@@ -172,13 +182,13 @@ class PrologueSpec:
 
     @property
     def nope_columns(self) -> slice:
-        """Where the latent is in a row of q_out and in a cache entry."""
+        """Where the latent is in a row of a joined q_out and in a cache entry."""
         first = 0 if self.nope_first else self.rope_dim
         return slice(first, first + self.lora_rank)
 
     @property
     def rope_columns(self) -> slice:
-        """Where the rotary part is in a row of q_out and in a cache entry."""
+        """Where the rotary part is in a row of a joined q_out and in a cache entry."""
         first = self.lora_rank if self.nope_first else 0
         return slice(first, first + self.rope_dim)
 
@@ -212,21 +222,29 @@ class PrologueSpec:
             positions = take("positions", ("T",), DType.INT64)
             return add(Rope(f"{x}_rotated", x, cos_sin, positions, self.rope_style, carried))
 
-        def row(output: str, latent: str, pe: str, pe_shape: tuple[int | str, ...], name: str, scale: str) -> str:
+        def quantized(output: str, x: str, name: str, scale: str) -> str:
             element = self.output_dtype(name, target)
+            fp8 = element.is_fp8
+            return add(Quantize(output, x, element, take(scale, (), DType.FP32) if fp8 else None, self.fp8_max if fp8 else None))
+
+        def row(output: str, latent: str, pe: str, pe_shape: tuple[int | str, ...], name: str, scale: str) -> str:
             x = latent
             if self.rope_dim:
                 rotary = rotated(take(pe, pe_shape, dtype))
                 x = add(Concat(f"{output}_row", *((latent, rotary) if self.nope_first else (rotary, latent))))
-            fp8 = element.is_fp8
-            return add(Quantize(output, x, element, take(scale, (), DType.FP32) if fp8 else None, self.fp8_max if fp8 else None))
+            return quantized(output, x, name, scale)
 
         if self.write_q:
             latent = take("q_nope", ("T", "H", self.q_nope_dim), dtype)
             if self.absorbs:
                 w_uk = take("w_uk", ("H", self.nope_dim, self.lora_rank), dtype)
                 latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried))
-            results.append(row("q_out", latent, "q_pe", ("T", "H", self.rope_dim), self.q_dtype, "q_scale"))
+            q_pe_shape = ("T", "H", self.rope_dim)
+            if self.q_split:
+                results.append(quantized("ql_nope_out", latent, self.q_dtype, "q_scale"))
+                results.append(quantized("q_pe_out", rotated(take("q_pe", q_pe_shape, dtype)), self.q_dtype, "q_scale"))
+            else:
+                results.append(row("q_out", latent, "q_pe", q_pe_shape, self.q_dtype, "q_scale"))
         if self.write_kv:
             latent = take("kv_c", ("T", self.lora_rank), dtype)
             entry = row("kv_entry", latent, "k_pe", ("T", self.rope_dim), self.kv_dtype, "k_scale")

@@ -1,6 +1,7 @@
 """verify: runs a kernel on random inputs and compares every byte with the oracle."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -54,16 +55,24 @@ class Comparison:
 class Case:
     """Inputs of one launch, as the oracle wants them: w_uk unpacked, cos_sin_cache joined, the outputs between guard bytes.
 
-    An output that the spec leaves out is None.
+    An output that the spec leaves out is None.  `q_out` and `q_second` are what a call returns.
     """
 
     inputs: dict[str, torch.Tensor]
     q_out: Guarded | None
     kv_cache: Guarded | None
+    q_second: Guarded | None = None
 
     @property
-    def out(self) -> torch.Tensor | None:
+    def queries(self) -> tuple[Guarded, ...]:
+        """What the call returns, in the order of the spec's q_results."""
+        return tuple(each for each in (self.q_out, self.q_second) if each)
+
+    @property
+    def out(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
         """What a call takes as `out`."""
+        if self.q_out and self.q_second:
+            return self.q_out.tensor, self.q_second.tensor
         return self.q_out.tensor if self.q_out else None
 
 
@@ -106,15 +115,22 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     }
     if spec.absorbs:
         inputs["w_uk"] = (draw(spec.heads, spec.nope_dim, spec.lora_rank) / spec.nope_dim**0.5).to(dtype)
-    q_dtype, kv_dtype = (torch_dtype(spec.output_dtype(name, target)) for name in (spec.q_dtype, spec.kv_dtype))
-    width = spec.entry_dim
+    types = spec.program(target).verify()
     rows = spec.heads + 1  # head room: heads that the kernel must leave alone
-    block_stride = BLOCK_SIZE * width + 64
-    return Case(
-        inputs,
-        Guarded((tokens, rows, width), (rows * width, width, 1), q_dtype, device) if spec.write_q else None,
-        Guarded((blocks, BLOCK_SIZE, width), (block_stride, width, 1), kv_dtype, device) if spec.write_kv else None,
-    )
+    queries: list[Guarded | None] = []
+    for name in spec.q_results:
+        shape = (tokens, rows, *types[name].widths)
+        queries.append(Guarded(shape, _dense(shape), torch_dtype(types[name].dtype), device))
+    q_out, q_second = [*queries, None, None][:2]
+    kv_cache = None
+    if spec.write_kv:
+        shape, kv_dtype = (blocks, BLOCK_SIZE, spec.entry_dim), torch_dtype(spec.output_dtype(spec.kv_dtype, target))
+        kv_cache = Guarded(shape, (BLOCK_SIZE * spec.entry_dim + 64, spec.entry_dim, 1), kv_dtype, device)
+    return Case(inputs, q_out, kv_cache, q_second)
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[number + 1 :]) for number in range(len(shape)))
 
 
 def run_case(kernel: Kernel, case: Case) -> None:
@@ -133,11 +149,10 @@ def compare_case(spec: PrologueSpec, target: Target, case: Case) -> list[Compari
     expected = evaluate(spec.program(target), case.inputs)
     outputs: dict[str, torch.Tensor] = {}
     strays: dict[str, int] = {}
-    if case.q_out:
-        q_out = case.q_out.tensor.cpu()
-        written = torch.zeros(q_out.shape, dtype=torch.bool)
+    for name, guarded in zip(spec.q_results, case.queries, strict=True):
+        written = torch.zeros(guarded.tensor.shape, dtype=torch.bool)
         written[:, : spec.heads] = True
-        outputs["q_out"], strays["q_out"] = q_out[:, : spec.heads], case.q_out.stray_bytes(written)
+        outputs[name], strays[name] = guarded.tensor.cpu()[:, : spec.heads], guarded.stray_bytes(written)
     if case.kv_cache:
         slots, cache = case.inputs["slot_mapping"], case.kv_cache.tensor.cpu()
         kept = slots >= 0
@@ -163,13 +178,15 @@ def compare_outputs(
     nope, pe = spec.nope_columns, spec.rope_columns
     verbatim = spec.rope_style == "none"
     parts: list[tuple[str, str, slice, bool]] = []
-    if spec.write_q:
+    if spec.q_split:
+        parts += [("ql_nope_out", "ql_nope_out", slice(None), not spec.absorbs), ("q_pe_out", "q_pe_out", slice(None), verbatim)]
+    elif spec.write_q:
         parts += [("q_out nope", "q_out", nope, not spec.absorbs), ("q_out pe", "q_out", pe, verbatim)]
     if spec.write_kv:
         parts += [("kv_cache nope", "kv_entry", nope, True), ("kv_cache pe", "kv_entry", pe, verbatim)]
     comparisons, counted = [], set()
     for name, output, columns, must_be_exact in parts:
-        if columns.start == columns.stop:
+        if columns == pe and not spec.rope_dim:
             continue
         stray = 0 if output in counted else strays.get(output, 0)  # with the first part of each output
         counted.add(output)

@@ -35,6 +35,7 @@ SPEC_FACTORS = {
     "fp8_max": (None, 224.0),
     "nope_first": (True, False),
     "results": ("both", "query", "cache"),
+    "q_form": ("joined", "split"),
 }
 
 LAUNCH_FACTORS = {
@@ -67,7 +68,12 @@ PRODUCTS_LIMIT = 300e6
 def sensible(row: Row) -> bool:
     rotates = row["rope_style"] != "none"
     q_fp8, kv_fp8 = row["q_fp8"] and row["results"] != "cache", row["kv_fp8"] and row["results"] != "query"
-    return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not q_fp8 and not kv_fp8)
+    unsplit = row["rope_dim"] == 0 or row["results"] == "cache"
+    return (
+        not (rotates and row["rope_dim"] == 0)
+        and not (row["fp8_max"] and not q_fp8 and not kv_fp8)
+        and not (row["q_form"] == "split" and unsplit)
+    )
 
 
 def spec_of(row: Row, heads: int) -> PrologueSpec:
@@ -77,6 +83,7 @@ def spec_of(row: Row, heads: int) -> PrologueSpec:
         weight=dtype if row["absorb"] else "none",
         q_dtype="fp8" if row["q_fp8"] else dtype,
         kv_dtype="fp8" if row["kv_fp8"] else dtype,
+        q_split=row["q_form"] == "split",
         write_q=row["results"] != "cache",
         write_kv=row["results"] != "query",
         **{
@@ -129,5 +136,6 @@ def label(row: Row) -> str:
     width = row["nope_dim"] if row["absorb"] else "absorbed"
     parts = (row["arch"], row["dtype"], width, row["lora_rank"], style, q, kv, row["rounding"], row["fp8_max"] or "")
     parts += () if row["nope_first"] else ("rope first",)
+    parts += () if row["q_form"] == "joined" else (row["q_form"],)
     parts += () if row["results"] == "both" else (f"{row['results']} only",)
     return "-".join(map(str, parts)).rstrip("-")

@@ -44,7 +44,7 @@ class Floor:
         What the spec leaves out is not read and not written.
         """
         units = torch.cuda.get_device_properties(self._device).multi_processor_count
-        out = workload.out()
+        out = workload.empty(workload.spec.entry_dim, workload.q_dtype) if workload.spec.write_q else None
         found = []
         for threads in FLOOR_THREADS:
             module = self._module(f"mlagen_stream_{threads}")

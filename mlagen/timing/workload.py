@@ -69,8 +69,10 @@ class Workload:
         """Of q_out."""
         return torch_dtype(self.spec.output_dtype(self.spec.q_dtype, self.target))
 
-    def out(self) -> torch.Tensor | None:
+    def out(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
         """What a kernel takes as `out`, to write to."""
+        if self.spec.q_split:
+            return self.empty(self.spec.lora_rank, self.q_dtype), self.empty(self.spec.rope_dim, self.q_dtype)
         return self.empty(self.spec.entry_dim, self.q_dtype) if self.spec.write_q else None
 
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -225,10 +225,11 @@ def test_without_jit_and_compiler_the_error_names_the_kernel_and_the_command(spe
         {"weight": "none"},
         {"rounding": "stepwise", "fp8_max": 224},
         {"nope_first": False},
+        {"q_split": True},
         {"write_q": False},
         {"write_kv": False},
     ],
-    ids=["fp8", "bf16", "no weight", "stepwise", "rope first", "no query", "no cache"],
+    ids=["fp8", "bf16", "no weight", "stepwise", "rope first", "split", "no query", "no cache"],
 )
 def test_the_command_in_the_error_builds_the_missing_kernel(monkeypatch, tmp_path, options):
     spec = PrologueSpec.from_model("minicpm3", tp=2, **options)

@@ -77,6 +77,7 @@ class TestInputs:
             {"rounding": "stepwise"},
             {"fp8_max": 224.0},
             {"nope_first": False},
+            {"q_split": True},
             {"write_q": False},
             {"write_kv": False},
         ],

@@ -55,8 +55,8 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("option", ["--no-write-q", "--no-write-kv"])
-def test_a_part_of_the_prologue_has_no_peers(gpu, option):
+@pytest.mark.parametrize("option", ["--no-write-q", "--no-write-kv", "--q-split"])
+def test_other_results_have_no_peers(gpu, option):
     result = run("bench", *MODEL, "--tokens", "1,5", "--peers", "eager,bmm", option)
     lines = said(result)
     assert lines[1].split() == ["tokens", "empty", "stream", "mlagen", "/", "stream"]

@@ -86,6 +86,8 @@ NOT_NVIDIA = "is not a toolchain for NVIDIA GPUs; possible are auto, nvrtc, nvcc
         ("build --generated --q-dtype fp8", "--q-dtype goes with a MODEL"),
         ("build --check --fp8-max 1", "--fp8-max goes with a MODEL"),
         ("build --all --rope-first", "--rope-first goes with a MODEL"),
+        ("build --all --q-split", "--q-split goes with a MODEL"),
+        ("verify glm5-next --q-split", "q_split=True with rope_dim=0: there is nothing to split"),
         ("build --all --no-write-q", "--no-write-q goes with a MODEL"),
         ("verify deepseek-r1 --no-write-q --no-write-kv", "write_q=False with write_kv=False: nothing would be written"),
         ("build deepseek-r1 glm-5", "unexpected extra argument"),

@@ -10,6 +10,8 @@ from mlagen.spec import PrologueSpec
 from mlagen.target import find_target
 
 SPECS: dict[str, dict[str, Any]] = {
+    "a split query": {"q_split": True},
+    "a split bf16 query": {"q_split": True, "q_dtype": "bf16", "rope_style": "neox"},
     "the query alone": {"write_kv": False},
     "the query alone, no RoPE columns": {"write_kv": False, "rope_style": "none", "rope_dim": 0, "q_dtype": "bf16"},
     "the cache alone": {"write_q": False},

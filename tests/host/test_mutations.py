@@ -30,6 +30,7 @@ SPECS = {
     "rope first": small_spec(nope_first=False),
     "cache only": small_spec(write_q=False),
     "query only": small_spec(write_kv=False),
+    "split": small_spec(q_split=True),
 }
 
 # Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
@@ -98,6 +99,15 @@ MUTATIONS = (
     ),
     Mutation("slot by token without a query", "load_index(args.slot_mapping, token, args.slots_int64)", "token", "cache only"),
     Mutation("tail guard dropped without a cache", "if (token < args.tokens) quantize", "quantize", "query only"),
+    Mutation(
+        "parts of a split query exchanged", "token * args.ql_nope_out_token_stride", "token * args.q_pe_out_token_stride", "split"
+    ),
+    Mutation(
+        "head stride of a split query",
+        "head * args.ql_nope_out_head_stride",
+        "head * args.q_pe_out_head_stride",
+        "split",
+    ),
     # conversions
     Mutation("saturation dropped", "saturate(x[i] * inverse_scale, limit)", "x[i] * inverse_scale"),
     Mutation("NaN not kept", "x < -limit ? -limit : x > limit ? limit : x", "std::max(-limit, std::min(limit, x))"),

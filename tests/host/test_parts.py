@@ -151,3 +151,81 @@ def test_verify_compares_what_is_written(left_out):
         f"{'kv_cache' if left_out == 'write_q' else 'q_out'} {half}" for half in ("nope", "pe")
     ]
     assert all(part.passed for part in parts)
+
+
+# A split query
+
+
+@given(
+    changes=st.sampled_from([each for each in SPECS.values() if each.get("rope_dim") != 0]),
+    arch=st.sampled_from(ARCHS),
+    tokens=st.integers(0, 40),
+    out=st.sampled_from(["dense", "spare heads", "head major"]),
+    seed=st.integers(0, 1000),
+)
+def test_a_split_query_has_the_columns_of_the_joined_one(changes, arch, tokens, out, seed):
+    """Bit for bit, and the cache is the same."""
+    joined, split = (load(small_spec(**changes, q_split=each), "cpu", arch=arch) for each in (False, True))
+    launches = [make_launch(kernel, Workload(tokens=tokens, out=out, special=True), seed=seed) for kernel in (joined, split)]
+    for kernel, launch in zip((joined, split), launches, strict=True):
+        assert not failures(kernel, launch)
+    (whole, *pair), caches = (
+        [query.tensor for launch in launches for query in launch.case.queries],
+        [launch.case.kv_cache.tensor.view(torch.uint8) for launch in launches],
+    )
+    columns = (joined.spec.nope_columns, joined.spec.rope_columns)
+    size = whole.dtype.itemsize
+    for part, place in zip(pair, columns, strict=True):
+        expected = whole.view(torch.uint8)[:, :3, place.start * size : place.stop * size]
+        assert torch.equal(part.view(torch.uint8)[:, :3], expected)
+    assert torch.equal(*caches)
+
+
+@pytest.fixture(scope="module")
+def split() -> Kernel:
+    return load(small_spec(q_split=True, q_dtype="bf16"), "cpu", arch="gfx950")
+
+
+@pytest.mark.parametrize("tokens", [0, TOKENS])
+@pytest.mark.parametrize("form", [tuple, list, None], ids=["tuple", "list", "no out"])
+def test_what_a_call_with_a_split_query_returns(split, tokens, form):
+    launch = make_launch(split, Workload(tokens=tokens, out="dense"))
+    given = launch.arguments["out"]
+    made = split(**{**launch.arguments, "out": form(given) if form else None})
+    assert isinstance(made, tuple)
+    assert [(tuple(each.shape), each.dtype) for each in made] == [
+        ((tokens, 3, 96), torch.bfloat16),
+        ((tokens, 3, 32), torch.bfloat16),
+    ]
+    assert [mine is theirs for mine, theirs in zip(made, given, strict=True)] == [form is not None] * 2
+    split(**launch.arguments)
+    assert all(torch.equal(mine.view(torch.int16), theirs.view(torch.int16)) for mine, theirs in zip(made, given, strict=True))
+
+
+WRONG_PAIRS = [
+    (lambda pair: pair[0], "out: Tensor, expected a pair (ql_nope_out, q_pe_out) or None"),
+    (lambda pair: pair[:1], "out: 1 tensors, expected a pair"),
+    (lambda pair: pair[::-1], "out[0] (ql_nope_out): shape [5, 6, 32], expected [5, >=3, 96]"),
+    (lambda pair: (pair[0], None), "out[1] (q_pe_out): expected a tensor [5, >=3, 32], got NoneType"),
+    (lambda pair: (pair[0], pair[1][:4]), "out[1] (q_pe_out): shape [4, 6, 32]"),
+    (lambda pair: (pair[0][:, :2], pair[1]), "out[0] (ql_nope_out): shape [5, 2, 96]"),
+    (lambda pair: (pair[0], pair[1].half()), "out[1] (q_pe_out): dtype float16, expected bfloat16"),
+    (lambda pair: (pair[0][:1].expand(5, 6, 96), pair[1]), "out[0] (ql_nope_out): strides [0, "),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_PAIRS)
+def test_a_wrong_pair_is_refused_by_name(split, change, message):
+    launch = make_launch(split, WORKLOAD)
+    for _ in range(2):
+        with pytest.raises(ArgumentError) as caught:
+            split(**{**launch.arguments, "out": change(launch.arguments["out"])})
+        assert str(caught.value).startswith(message)
+    assert not failures(split, launch)
+
+
+def test_verify_compares_a_split_query_part_by_part(split):
+    ((_, parts),) = verify.verify(split, [17])
+    assert [part.name for part in parts] == ["ql_nope_out", "q_pe_out", "kv_cache nope", "kv_cache pe"]
+    assert [part.elements for part in parts[:2]] == [17 * 3 * 96, 17 * 3 * 32]
+    assert all(part.passed for part in parts)

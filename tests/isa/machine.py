@@ -85,7 +85,7 @@ def build(spec: PrologueSpec, arch: str, *, waves_per_workgroup: int = 1, comput
 def run_on_device(pair: Pair, launch: Launch, *, preload: bool = True) -> list[WaveTrace]:
     """Run a launch in the emulator.  The machine code may read rows of inputs, write each byte of the outputs once, and no more."""
     tensors = _tensors(launch.arguments)
-    written = [_whole(tensors.pop(name), "w") for name in ("out", "kv_cache") if name in tensors]
+    written = [_whole(tensors.pop(name), "w") for name in ("out", "out[0]", "out[1]", "kv_cache") if name in tensors]
     read = (*tensors.values(), *pair.device.unit_scales)
     pair.module.memory = [*itertools.chain.from_iterable(map(_rows, read)), *written]
     pair.module.preload = preload
@@ -111,7 +111,7 @@ def run_both(pair: Pair, on_device: Launch, on_host: Launch, *, preload: bool = 
 
 
 def _outputs(launch: Launch) -> list[torch.Tensor]:
-    return [guarded.tensor for guarded in (launch.case.q_out, launch.case.kv_cache) if guarded]
+    return [guarded.tensor for guarded in (*launch.case.queries, launch.case.kv_cache) if guarded]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,8 @@ SCENARIOS = (
     Scenario("odd strides, bf16 outputs", {**BF16_OUTPUTS, "rope_style": "neox"}, work(5, **ODD)),
     Scenario("NaN", {}, work(9, special=True)),
     Scenario("NaN, neox, stepwise", {"rope_style": "neox", "rounding": "stepwise"}, work(17, special=True)),
+    Scenario("a split query", {"q_split": True}, work(17, **ODD)),
+    Scenario("a split bf16 query", {"q_split": True, "q_dtype": "bf16", "rope_style": "neox", "write_kv": False}, work(5)),
     Scenario("the cache alone", {"write_q": False}, work(17, **ODD)),
     Scenario("the query alone", {"write_kv": False, "rope_style": "neox"}, work(5)),
     Scenario("two waves for a workgroup", {"heads": 5}, work(17), build={"waves_per_workgroup": 2}),

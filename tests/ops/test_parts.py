@@ -1,4 +1,4 @@
-"""The operators of kernels that make only the query or only the cache's entries: at once, without data, and in graphs."""
+"""The operators of kernels with other results than q_out and the cache's entries: at once, without data, and in graphs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +23,8 @@ SMALL = PrologueSpec(heads=3, nope_dim=32, lora_rank=64, rope_dim=16, rope_style
 SPECS = {
     "decode_prologue_q": replace(SMALL, write_kv=False),
     "decode_prologue_q, bf16": replace(SMALL, write_kv=False, q_dtype="bf16", rope_style="neox"),
+    "decode_prologue_pair": replace(SMALL, q_split=True, q_dtype="bf16"),
+    "decode_prologue_pair, no cache": replace(SMALL, q_split=True, write_kv=False),
     "decode_prologue_kv": replace(SMALL, write_q=False),
     "decode_prologue_kv, no rotation": replace(SMALL, write_q=False, rope_style="none", rope_dim=0, kv_dtype="bf16"),
 }
@@ -52,25 +54,32 @@ class Setup:
         inputs = make_case(self.kernel.spec, self.kernel.target, tokens).inputs
         inputs |= {"q": inputs["q_nope"], "kv_cache": self.cache(), "sin": None}
         inputs["packed"] = self.kernel.pack_weights(inputs["w_uk"]) if "w_uk" in inputs else None
+        if not self.kernel.spec.write_kv:
+            inputs |= dict.fromkeys(("kv_c", "k_pe", "kv_cache", "slot_mapping", "k_scale"))
         return {each.name: inputs[each.name] for each in self.operator._schema.arguments if not each.kwarg_only}
 
     def expected(self, tensors: Arguments) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """What the kernel itself returns, and the cache that it leaves."""
         given = dict.fromkeys(("kv_c", "k_pe", "packed", "slot_mapping")) | tensors
         q = (given.pop("q"), given.pop("q_pe")) if "q" in tensors else None
-        given |= {"kv_cache": self.cache() if "kv_cache" in tensors else None}
+        given |= {"kv_cache": self.cache() if self.kernel.spec.write_kv else None}
         given.pop("sin")
-        made = self.kernel(q, **given)
-        return [] if made is None else [made], given["kv_cache"]
+        return listed(self.kernel(q, **given)), given["kv_cache"]
 
     def assert_as_kernel(self, tensors: Arguments, results: Any) -> None:
         expected, cache = self.expected(tensors)
-        results = [] if results is None else [results]
+        results = listed(results)
         assert [looks(each) for each in results] == [looks(each) for each in expected]
         pairs = zip(results, expected, strict=True)
         assert all(torch.equal(each.view(torch.uint8), other.view(torch.uint8)) for each, other in pairs)
         if cache is not None:
             assert torch.equal(tensors["kv_cache"].view(torch.uint8), cache.view(torch.uint8))
+
+
+def listed(results: Any) -> list[torch.Tensor]:
+    if results is None:
+        return []
+    return [results] if isinstance(results, torch.Tensor) else [*results]
 
 
 def looks(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -94,8 +103,23 @@ def test_the_operator_does_what_the_kernel_does(setup, tokens):
     results = setup.operator(**tensors, **setup.options)
     setup.assert_as_kernel(tensors, results)
     made = fake(setup.operator, tensors, setup.options)
-    assert (made is None) == (results is None)
-    assert made is None or looks(made) == looks(results)
+    assert [looks(each) for each in listed(made)] == [looks(each) for each in listed(results)]
+
+
+@pytest.mark.parametrize("tokens", [0, 17])
+@pytest.mark.parametrize("setup", [name for name, spec in SPECS.items() if spec.write_q], indirect=True)
+def test_head_room_is_zero(setup, tokens):
+    tensors, options = setup.tensors(tokens), {**setup.options, "q_heads": 5}
+    results = listed(setup.operator(**tensors, **options))
+    made = listed(fake(setup.operator, tensors, options))
+    assert [looks(each) for each in made] == [looks(each) for each in results]
+    expected, _ = setup.expected(tensors)
+    for each, other in zip(results, expected, strict=True):
+        assert each.shape[1] == 5
+        assert torch.equal(each[:, :3].contiguous().view(torch.uint8), other.view(torch.uint8))
+        assert not each[:, 3:].contiguous().view(torch.uint8).any()
+    with pytest.raises(ArgumentError, match="q_heads: 2, expected None or at least the spec's 3"):
+        setup.operator(**tensors, **{**setup.options, "q_heads": 2})
 
 
 def test_opcheck(setup):
@@ -141,7 +165,7 @@ WRONG = {
     "q without heads": ("q", lambda q: q[:, 0], "q[0] (q_nope): shape [5, 32]"),
     "q_pe with too few rows": ("q_pe", lambda q_pe: q_pe[:4], "q[1] (q_pe): shape [4, 3, 16], expected [5, 3, 16]"),
     "packed missing": ("packed", lambda _: None, "packed: expected a tensor"),
-    "kv_c too wide": ("kv_c", lambda kv_c: kv_c.repeat(1, 2), "kv_c: shape [5, 128], expected [any, 64]"),
+    "kv_c too wide": ("kv_c", lambda kv_c: kv_c.repeat(1, 2), "kv_c: shape [5, 128], expected ["),
     "k_pe with too few rows": ("k_pe", lambda k_pe: k_pe[:4], "k_pe: shape [4, 16], expected [5, 16]"),
     "slot_mapping too short": ("slot_mapping", lambda slots: slots[:4], "slot_mapping: shape [4], expected [>=5]"),
     "positions for more rows": ("positions", lambda positions: positions.repeat(2), "positions: shape [10], expected [5]"),
@@ -154,7 +178,7 @@ WRONG = {
     ("name", "wrong"),
     [
         (name, wrong)
-        for name in ("decode_prologue_q", "decode_prologue_kv")
+        for name in ("decode_prologue_q", "decode_prologue_pair", "decode_prologue_kv")
         for wrong, (argument, *_) in WRONG.items()
         if argument in {each.name for each in getattr(torch.ops.mlagen, name).default._schema.arguments}
     ],

@@ -182,7 +182,7 @@ NOT_LOWERED = {
     "a result in between": (program([ABSORB], ["ql_nope"]), "neither a quantised"),
     "an entry as result": (program(KV_STAGES[:3], ["kv_entry"]), "neither a quantised"),
     "two RoPE styles": (changed(K_ROPE, style="neox"), "it mixes RoPE styles: gptj, neox"),
-    "two queries": (program([*Q_STAGES, dataclasses.replace(Q_OUT, output="again")], ["q_out", "again"]), "one q and one cache"),
+    "two queries": (program([*Q_STAGES, dataclasses.replace(Q_OUT, output="again")], ["q_out", "again"]), "the same rows"),
     "two model types": (program(kv_c=tensor("T", 512, dtype=FP16)), "it mixes model types"),
     "rope of rope": (
         program([ABSORB, Q_ROPE, Rope("turned", "q_rotated", "cos_sin_cache", "positions", "gptj", FP32),

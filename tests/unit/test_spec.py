@@ -48,6 +48,7 @@ def test_what_is_filled_in():
         {"nope_first": False, "rope_dim": 2},
         {"write_q": False, "lora_rank": 16, "rope_dim": 0, "rope_style": "none"},
         {"write_kv": False, "lora_rank": MAX_LORA_RANK},
+        {"q_split": True, "rope_dim": 2},
     ],
     ids=str,
 )
@@ -95,6 +96,9 @@ REFUSED = [
     ({"fp8_max": 224, "q_dtype": "bf16", "kv_dtype": "bf16"}, "fp8_max=224", "without an fp8 output"),
     ({"nope_first": None}, "nope_first=None", "True or False"),
     ({"nope_first": 0}, "nope_first=0", "True or False"),
+    ({"q_split": None}, "q_split=None", "True or False"),
+    ({"q_split": True, "rope_dim": 0, "rope_style": "none"}, "q_split=True with rope_dim=0", "nothing to split"),
+    ({"q_split": True, "write_q": False}, "q_split=True with write_q=False", "no query to split"),
     ({"write_q": None}, "write_q=None", "True or False"),
     ({"write_kv": 1}, "write_kv=1", "True or False"),
     ({"write_q": False, "write_kv": False}, "write_q=False with write_kv=False", "nothing would be written"),
@@ -138,6 +142,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
+    q_split=field(True, False),
     write_q=field(True, False),
     write_kv=field(True, False),
     arch=st.sampled_from(list(TARGETS)),
@@ -163,7 +168,7 @@ def test_a_limit_that_only_one_flavour_has():
 def test_from_model():
     assert PrologueSpec.from_model("deepseek-r1", tp=8) == spec()
     options = {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rounding": "stepwise", "nope_first": False}
-    for more in ({}, {"write_q": False}, {"write_kv": False}):
+    for more in ({}, {"write_q": False}, {"write_kv": False}, {"q_split": True}):
         assert PrologueSpec.from_model("deepseek-r1", tp=8, **options, **more) == spec(**options, **more)
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
@@ -216,6 +221,7 @@ def test_without_rope_nothing_of_it_is_left():
         {"nope_first": False},
         {"write_q": False},
         {"write_kv": False},
+        {"q_split": True},
     ],
     ids=str,
 )
@@ -282,6 +288,28 @@ def test_what_is_left_out_has_no_types(left_out, meaningless):
     part = {left_out: False}
     assert spec(**part, **meaningless) == spec(**part)
     assert spec(**part, **meaningless, fp8_max=224) == spec(**part, fp8_max=224)
+
+
+def test_without_a_cache_a_split_query_has_no_order():
+    assert spec(q_split=True, write_kv=False, nope_first=False) == spec(q_split=True, write_kv=False)
+    assert spec(q_split=True, nope_first=False) != spec(q_split=True)
+
+
+@pytest.mark.parametrize("q_dtype", ["fp8", "bf16"])
+def test_a_split_query_is_two_results(q_dtype):
+    target = find_target("gfx950")
+    split = spec(q_split=True, q_dtype=q_dtype)
+    types = split.program(target).verify()
+    element = target.fp8 if q_dtype == "fp8" else DType.BF16
+    assert split.q_results == ("ql_nope_out", "q_pe_out")
+    assert [(types[name].shape, types[name].dtype) for name in split.q_results] == [
+        (("T", "H", 512), element),
+        (("T", "H", 64), element),
+    ]
+    assert split.program(target).results == ("ql_nope_out", "q_pe_out", "kv_cache_written")
+    segments = {segment.source: segment for segment in generate(split, target).lowered.segments}
+    assert (segments["q_nope"].sink.tensor, segments["q_nope"].column) == ("ql_nope_out", 0)
+    assert (segments["q_pe"].sink.tensor, segments["q_pe"].column) == ("q_pe_out", 0)
 
 
 def test_a_program_without_the_query():
