@@ -172,7 +172,9 @@ class Kernel:
                 plan = form.keep(given, self._plan(form, tensors, given, q_pair, table_pair))
         if plan.tokens:
             if self._checks_slots:
-                self._check_slots(slot_mapping, kv_cache, plan.tokens)
+                assert slot_mapping is not None, "it was checked"
+                assert kv_cache is not None, "it was checked"
+                self._check_slots(slot_mapping[: plan.tokens], kv_cache)
             plan.run(given)
         if self._returns_one:
             return first
@@ -214,9 +216,9 @@ class Kernel:
         elsewhere = _once(lambda: plan(unaligned()))
         return plan(variant.module(), elsewhere) if bound.aligned or not bound.tokens else elsewhere()
 
-    def _check_slots(self, slots: Any, kv_cache: Any, tokens: int) -> None:
+    def _check_slots(self, slots: torch.Tensor, kv_cache: torch.Tensor) -> None:
         """On the CPU a slot outside the cache is found before it is written; a GPU launch cannot look without waiting."""
-        capacity, largest = kv_cache.shape[0] * kv_cache.shape[1], int(slots[:tokens].max())
+        capacity, largest = kv_cache.shape[0] * kv_cache.shape[1], int(slots.max())
         if largest >= capacity:
             raise ArgumentError(f"slot_mapping: slot {largest}, but kv_cache {list(kv_cache.shape)} has slots 0 to {capacity - 1}")
 
