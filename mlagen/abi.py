@@ -56,7 +56,7 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
         if by_head:
             int64(f"{name}_head_stride", f"of {name}, in elements")
 
-    q, kv = lowered.sink("q"), lowered.sink("kv")
+    queries, kv = lowered.queries, lowered.cache
     if lowered.absorb:
         if head_bytes is None:
             pointer("w_uk", f"const {element}", "packed: [H, tiles, chunks, m, fragments, lanes, 8]")
@@ -66,17 +66,18 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
     if first:
         source(first)
     int32("tokens", "T")
-    if q:
+    if queries:
         int32("heads", "H of this rank")
     if lowered.absorb:
         int32("token_tiles_per_workgroup", "how many token tiles an absorb workgroup takes")
+    if lowered.absorb and len(lowered.segments) > 1:
         if absorb_first:
             int32("absorb_workgroups", "the first ones of the grid")
         else:
             int32("row_workgroups", "those before the first that absorbs")
-    for sink in (q, kv):
-        if sink and sink.scale:
-            pointer(sink.scale, "const float", "[1], dequantisation scale")
+    scales = [sink.scale for sink in (*queries, *([kv] if kv else []))]
+    for scale in filter(None, dict.fromkeys(scales)):
+        pointer(scale, "const float", "[1], dequantisation scale")
     if lowered.ropes:
         pointer("positions", "const void", "[T]")
         pointer("cos", "const void", "[max_position, R/2]")
@@ -86,13 +87,13 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
         int64("max_position", "positions are clamped to [0, max_position)")
         int32("positions_int64", "1: positions are int64, 0: int32")
         int32("cos_sin_float", f"1: cos and sin are float, 0: {element}")
-    for segment in sorted(lowered.segments, key=lambda segment: (segment.sink.role != "q", segment.column)):
+    for segment in sorted(lowered.segments, key=lambda segment: (segment.sink.number, segment.column)):
         if segment.source != first:
             source(segment.source)
-    if q:
+    for q in queries:
         pointer(q.tensor, q.quantize.dtype.value.cpp, f"[T, >= H, {q.width}]")
-        int64("q_out_token_stride", f"of {q.tensor}, in elements")
-        int64("q_out_head_stride", f"of {q.tensor}, in elements")
+        int64(f"{q.tensor}_token_stride", f"of {q.tensor}, in elements")
+        int64(f"{q.tensor}_head_stride", f"of {q.tensor}, in elements")
     if kv:
         pointer("slot_mapping", "const void", "[>= T], negative: leave the cache alone")
         several = any(segment.heads == "kv_heads" for segment in lowered.segments)

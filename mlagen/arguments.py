@@ -4,8 +4,9 @@ All checks read shapes, types, strides and devices; none reads device memory, so
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Binding:
 
 TENSORS = (
     *("q", "q_pe", "kv_c", "k_pe", "packed", "kv_cache", "slot_mapping", "positions"),
-    *("cos_sin_cache", "sin", "q_scale", "k_scale", "out"),
+    *("cos_sin_cache", "sin", "q_scale", "k_scale", "out", "out_second"),
 )
 """The tensors of a call in order; a pair takes the place of its joined tensor and the one after it."""
 
@@ -48,6 +49,8 @@ class Checker:
         self.spec, self.target, self.device = spec, target, device
         self.model = torch_dtype(model_dtype(spec.dtype))
         self.fp8 = torch_dtype(target.fp8)
+        types = spec.program(target).verify()
+        self.results = {name: types[name] for name in spec.q_results}  # what a call returns
 
     def tensor(
         self,
@@ -145,6 +148,11 @@ class Checker:
         if packed is not None:
             raise ArgumentError("packed: this kernel does no absorb (weight='none'), pass None")
 
+    def no_output(self, out: object) -> None:
+        """Nothing, where no query is written."""
+        if out is not None:
+            raise ArgumentError("out: this kernel writes no query (write_q=False), pass None")
+
     def query(self, q: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         """q_nope [T,H,P] and q_pe [T,H,R] from one tensor or from a pair."""
         spec = self.spec
@@ -180,11 +188,25 @@ class Checker:
         """An int64 or int32 vector."""
         return self.tensor(name, value, (extent,), (torch.int64, torch.int32), rows_free=False)
 
-    def output(self, out: object, tokens: int) -> torch.Tensor:
-        """q_out [T, H' >= H, L+R]; its columns, like those of the cache, are in the order that the spec's nope_first says."""
-        dtype = self.fp8 if self.spec.q_dtype == "fp8" else self.model
-        found = self.tensor("out", out, (tokens, f">={self.spec.heads}", self.spec.entry_dim), (dtype,))
-        return self.distinct_rows("out", found)
+    def output_pair(self, out: object) -> tuple[object, object]:
+        """The members of `out`, where a call returns two tensors."""
+        if not isinstance(out, tuple | list) or len(out) != 2:
+            size = f"{len(out)} tensors" if isinstance(out, tuple | list) else type(out).__name__
+            raise ArgumentError(f"out: {size}, expected a pair ({', '.join(self.results)}) or None")
+        return out[0], out[1]
+
+    def output(self, result: str, out: object, tokens: int) -> torch.Tensor:
+        """One of the tensors [T, H' >= H, ...] that a call returns."""
+        type_ = self.results[result]
+        name = "out" if len(self.results) == 1 else f"out[{[*self.results].index(result)}] ({result})"
+        found = self.tensor(name, out, (tokens, f">={self.spec.heads}", *type_.widths), (torch_dtype(type_.dtype),))
+        return self.distinct_rows(name, found)
+
+    def empty(self, result: str, tokens: Any, heads: int) -> torch.Tensor:
+        """A new tensor for it, contiguous."""
+        type_ = self.results[result]
+        shape: Any = (tokens, heads, *type_.widths)
+        return torch.empty(shape, dtype=torch_dtype(type_.dtype), device=self.device)
 
     def distinct_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is written: none of its dimensions is one row seen many times."""
@@ -216,7 +238,7 @@ class Checker:
         return cache
 
 
-WIDE = ("q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "kv_cache")
+WIDE = ("q_nope", "q_pe", "kv_c", "k_pe", "cos", "sin", "q_out", "ql_nope_out", "q_pe_out", "kv_cache")
 """Arguments that point to rows, which the kernel reads and writes WIDE_BYTES at a time."""
 
 WIDE_BYTES = 16
@@ -229,29 +251,17 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     """Check the tensors of a call, in the order of TENSORS.  Raises ArgumentError before anything is launched."""
     spec = checker.spec
     given = dict(zip(TENSORS, tensors, strict=True))
-    q_nope, q_pe = checker.query((given["q"], given["q_pe"]) if q_pair else given["q"])
-    tokens = q_nope.shape[0]
-    latent = checker.tensor("kv_c", given["kv_c"], (tokens, *spec.kv_inner, spec.lora_rank), (checker.model,))
-    cache = checker.cache(given["kv_cache"])
-    slots = checker.indices("slot_mapping", given["slot_mapping"], f">={tokens}")
-    views = {
-        "q_nope": ("q", q_nope),
-        "kv_c": ("kv_c", latent),
-        "slot_mapping": ("slot_mapping", slots),
-        "kv_cache": ("kv_cache", cache),
-    }
-    if spec.rope_dim:
-        assert q_pe is not None, "query() gives q_pe where there is one"
-        k_pe = given["k_pe"]
-        one_head = spec.kv_heads == 1 and isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3
-        shape = (tokens, *((1,) if one_head else spec.kv_inner), spec.rope_dim)
-        views["q_pe"] = ("q_pe" if q_pair else "q", q_pe)
-        views["k_pe"] = ("k_pe", checker.tensor("k_pe", k_pe, shape, (checker.model,)))
-    if spec.absorbs:
-        packed = checker.packed(given["packed"], packed_shape)
-        views["w_uk"] = ("packed", packed)
+    views: dict[str, tuple[str, torch.Tensor]] = {}
+    tokens = None
+    if spec.write_q:
+        views |= _query_views(checker, given, packed_shape, q_pair=q_pair)
+        tokens = views["q_nope"][1].shape[0]
     else:
         checker.no_weights(given["packed"])
+    if spec.write_kv:
+        views |= _cache_views(checker, given, tokens)
+        tokens = views["kv_c"][1].shape[0]
+    assert tokens is not None, "something is written"
     values: dict[str, int] = {"tokens": tokens, "heads": spec.heads}
     if spec.rope_style != "none":
         tables = checker.rotary((given["cos_sin_cache"], given["sin"]) if cos_sin_pair else given["cos_sin_cache"])
@@ -266,10 +276,11 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
             "positions_int64": int(positions.dtype is torch.int64),
             "cos_sin_float": int(cos.dtype is torch.float32),
         }
-    for name in ("q_scale", "k_scale"):
+    for name in [*(["q_scale"] if spec.write_q else []), *(["k_scale"] if spec.write_kv else [])]:
         views[name] = (name, checker.scale(name, given[name]))
-    views["q_out"] = ("out", checker.output(given["out"], tokens))
-    for name in ("q_nope", "q_pe", "q_out"):
+    for name, slot in zip(checker.results, ("out", "out_second"), strict=False):
+        views[name] = (slot, checker.output(name, given[slot], tokens))
+    for name in ("q_nope", "q_pe", *checker.results):
         if name in views:
             values |= {f"{name}_token_stride": views[name][1].stride(0), f"{name}_head_stride": views[name][1].stride(1)}
     for name in ("kv_c", "k_pe"):
@@ -277,16 +288,18 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
             values[f"{name}_token_stride"] = views[name][1].stride(0)
             if spec.kv_heads > 1:
                 values[f"{name}_head_stride"] = views[name][1].stride(1)
-    if spec.kv_heads > 1:
-        values |= {"kv_heads": spec.kv_heads, "kv_head_stride": cache.stride(2)}
-    block_size = slots_of_block(spec, cache.shape)
-    values |= {
-        "block_stride": cache.stride(0),
-        "entry_stride": cache.stride(1),
-        "block_size": block_size,
-        "block_reciprocal": RECIPROCAL_ONE // block_size + 1,
-        "slots_int64": int(slots.dtype is torch.int64),
-    }
+    if spec.write_kv:
+        cache = views["kv_cache"][1]
+        block_size = slots_of_block(spec, cache.shape)
+        values |= {
+            "block_stride": cache.stride(0),
+            "entry_stride": cache.stride(1),
+            "block_size": block_size,
+            "block_reciprocal": RECIPROCAL_ONE // block_size + 1,
+            "slots_int64": int(views["slot_mapping"][1].dtype is torch.int64),
+        }
+        if spec.kv_heads > 1:
+            values |= {"kv_heads": spec.kv_heads, "kv_head_stride": cache.stride(2)}
     pointers = {}
     for name, (tensor, view) in views.items():
         base = given[tensor]
@@ -295,12 +308,45 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
     wide = tuple(name for name in views if name in WIDE)
     strides = [stride * view.element_size() for _, view in map(views.__getitem__, wide) for stride in view.stride()[:-1]]
     if not spec.nope_first:  # the latent starts that far into a row, which must not take it off its alignment
-        strides += [spec.rope_dim * views[name][1].element_size() for name in ("q_out", "kv_cache")]
+        strides += [spec.rope_dim * views[name][1].element_size() for name in ("q_out", "kv_cache") if name in views]
     if spec.kv_layout == "segmented":  # the rotary columns of a block's slots follow one another
         strides.append(spec.rope_dim * cache.element_size())
     if spec.kv_layout == "fp8_ds_mla" and spec.rope_dim:
         strides.append(spec.rotary_byte)
     return Binding(tokens, values, pointers, wide, not any(stride % WIDE_BYTES for stride in strides))
+
+
+def _query_views(
+    checker: Checker, given: Mapping[str, object], packed_shape: Sequence[int], *, q_pair: bool
+) -> dict[str, tuple[str, torch.Tensor]]:
+    """What the query is made of: the query as it arrives, and the weights."""
+    spec = checker.spec
+    q_nope, q_pe = checker.query((given["q"], given["q_pe"]) if q_pair else given["q"])
+    views = {"q_nope": ("q", q_nope)}
+    if spec.rope_dim:
+        assert q_pe is not None, "query() gives q_pe where there is one"
+        views["q_pe"] = ("q_pe" if q_pair else "q", q_pe)
+    if spec.absorbs:
+        views["w_uk"] = ("packed", checker.packed(given["packed"], packed_shape))
+    else:
+        checker.no_weights(given["packed"])
+    return views
+
+
+def _cache_views(checker: Checker, given: Mapping[str, object], tokens: int | None) -> dict[str, tuple[str, torch.Tensor]]:
+    """What the cache's entries are made of, and where they go; `tokens` is None where kv_c says how many there are."""
+    spec = checker.spec
+    latent = checker.tensor("kv_c", given["kv_c"], (tokens, *spec.kv_inner, spec.lora_rank), (checker.model,))
+    tokens = latent.shape[0]
+    cache = checker.cache(given["kv_cache"])
+    slots = checker.indices("slot_mapping", given["slot_mapping"], f">={tokens}")
+    views = {"kv_c": ("kv_c", latent), "slot_mapping": ("slot_mapping", slots), "kv_cache": ("kv_cache", cache)}
+    if spec.rope_dim:
+        k_pe = given["k_pe"]
+        one_head = spec.kv_heads == 1 and isinstance(k_pe, torch.Tensor) and k_pe.dim() == 3
+        shape = (tokens, *((1,) if one_head else spec.kv_inner), spec.rope_dim)
+        views["k_pe"] = ("k_pe", checker.tensor("k_pe", k_pe, shape, (checker.model,)))
+    return views
 
 
 def _shape(shape: Sequence[int | str | None]) -> str:

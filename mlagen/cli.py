@@ -26,7 +26,10 @@ from mlagen.cli_options import (
     KvHeads,
     KvLayout,
     Model,
+    NoWriteKv,
+    NoWriteQ,
     QDtype,
+    QSplit,
     RopeFirst,
     Rounding,
     Tp,
@@ -95,6 +98,9 @@ def build(
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
     compute: Compute = "a16",
+    q_split: QSplit = False,
+    no_write_q: NoWriteQ = False,
+    no_write_kv: NoWriteKv = False,
     kv_heads: KvHeads = 1,
     kv_layout: KvLayout = "paged",
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
@@ -110,12 +116,13 @@ def build(
     if (model is not None) + build_all + generated != 1:
         raise RequestError("name one of: a MODEL, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
-    options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
+    options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
+    options |= {"q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     if model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
-        for name in ("tp", "arch", *options, "rope_first"):
+        for name in ("tp", "arch", *options, "rope_first", "no_write_q", "no_write_kv"):
             if _given(context, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")
@@ -166,6 +173,9 @@ def verify(
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
     compute: Compute = "a16",
+    q_split: QSplit = False,
+    no_write_q: NoWriteQ = False,
+    no_write_kv: NoWriteKv = False,
     kv_heads: KvHeads = 1,
     kv_layout: KvLayout = "paged",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,64",
@@ -182,8 +192,9 @@ def verify(
         from mlagen.runtime import load
     except ModuleNotFoundError as error:
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
-    options = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
+    options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
+    options |= {"q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
     without = [each.target.arch for each in requests if not each.target.dependent_launch]
     if pdl and without:

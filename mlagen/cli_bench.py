@@ -19,7 +19,10 @@ from mlagen.cli_options import (
     KvHeads,
     KvLayout,
     Model,
+    NoWriteKv,
+    NoWriteQ,
     QDtype,
+    QSplit,
     Rounding,
     Tp,
     Weight,
@@ -49,6 +52,9 @@ def bench(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     compute: Compute = "a16",
+    q_split: QSplit = False,
+    no_write_q: NoWriteQ = False,
+    no_write_kv: NoWriteKv = False,
     kv_heads: KvHeads = 1,
     kv_layout: KvLayout = "paged",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,64,128,256",
@@ -81,7 +87,9 @@ def bench(
     ending = require_plot(plot) if plot else ""
     target = find_target(gpu_arch(device))
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    wanted = request(model, tp, target, **options, compute=compute, kv_heads=kv_heads, kv_layout=kv_layout)
+    options |= {"compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
+    options |= {"q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
+    wanted = request(model, tp, target, **options)
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says while it works is no result
         report = _measure(wanted, chosen, counts, layers, repeats)
     if as_json:
@@ -106,7 +114,7 @@ def _measure(wanted: Request, peers: Sequence["Peer"], counts: Sequence[int], la
     spec, target = wanted.spec, wanted.target
     kernel = load(spec, "cuda")
     early = load(spec, "cuda", pdl=True) if target.dependent_launch else None
-    left_out = {peer.name: peer.missing(target) or peer.misfit(spec, target) for peer in peers}
+    left_out = {peer.name: peer.left_out(spec, target) for peer in peers}
     fit = [peer for peer in peers if not left_out[peer.name]]
     methods = run.methods_of(kernel, Floor(target, kernel.device), fit, early)
     layers = run.layers_of(spec, target, fit, layers)

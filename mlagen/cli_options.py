@@ -27,6 +27,9 @@ Fp8Max = Annotated[float | None, typer.Option("--fp8-max", help="Saturate fp8 be
 RopeFirst = Annotated[
     bool, typer.Option("--rope-first", help="The rotary columns before the latent ones in q_out and in the cache.")
 ]
+QSplit = Annotated[bool, typer.Option("--q-split", help="The query as two tensors, latent and rotary.")]
+NoWriteQ = Annotated[bool, typer.Option("--no-write-q", help="Leave the query out: only the cache is written.")]
+NoWriteKv = Annotated[bool, typer.Option("--no-write-kv", help="Leave the cache out: only the query is made.")]
 KvHeads = Annotated[int, typer.Option("--kv-heads", help="KV heads of this rank, each with an entry of its own in a slot.")]
 KvLayout = Annotated[str, typer.Option("--kv-layout", help="paged; segmented: AITER's pages; fp8_ds_mla: vLLM's, with scales.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

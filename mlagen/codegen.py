@@ -101,8 +101,16 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
     product = f"p{spec.nope_dim}_w{spec.weight}".replace("-", "") if spec.absorbs else "absorbed"
     if spec.compute != "a16":
         product += f"_{spec.compute}"
-    parts = ["mla_prologue", product, f"l{spec.lora_rank}", f"r{spec.rope_dim}", spec.rope_style, spec.dtype]
-    parts += [f"q{spec.q_dtype}", f"kv{spec.kv_dtype}", spec.rounding]
+    parts = [
+        "mla_prologue",
+        *([product] if spec.write_q else []),
+        f"l{spec.lora_rank}",
+        f"r{spec.rope_dim}",
+        spec.rope_style,
+        spec.dtype,
+    ]
+    q = f"q{spec.q_dtype}{'split' if spec.q_split else ''}" if spec.write_q else "noq"
+    parts += [q, f"kv{spec.kv_dtype}" if spec.write_kv else "nokv", spec.rounding]
     if spec.fp8_max is not None and spec.fp8_max != target.fp8.largest:
         parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
     if not spec.nope_first:
@@ -197,7 +205,7 @@ def _context(
     arguments: tuple[Argument, ...],
     codes: PackedCodes | None,
 ) -> dict[str, Any]:
-    q, kv = lowered.sink("q"), lowered.sink("kv")
+    queries, kv = lowered.queries, lowered.cache
     partials = []
     if lowered.ropes:
         partials.append("rope")
@@ -206,7 +214,7 @@ def _context(
     groups = next((sink.groups for sink in lowered.sinks if sink.groups), None)
     if groups:
         partials.append("group_scale")
-    if q:
+    if queries:
         partials.append("concat")
     if kv:
         partials.append("cache_write")
@@ -247,7 +255,7 @@ def _context(
         "sum_scale": " * weight_scale" if codes and codes.row_blocks == 1 else "",
         "mx": _mx_numbers(target),
         "wgmma": _wgmma_operands(schedule.staging) if schedule.staging else None,
-        "q": _sink_context(q, lowered) if q else None,
+        "queries": [_sink_context(q, lowered) for q in queries],
         "kv": _sink_context(kv, lowered) if kv else None,
         "groups": groups,
         "least": _power_literal(groups.least) if groups else None,
@@ -411,7 +419,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
     if out.is_fp8:
         options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {_float_literal(sink.quantize.limit)}"
     column = "column" if segment.column == 0 else f"{segment.column} + column"
-    row = "q_out_row(args, token, head)" if is_query else f"cache_entry(args, slot{', head' if by_head else ''})"
+    row = f"{sink.tensor}_row(args, token, head)" if is_query else f"cache_entry(args, slot{', head' if by_head else ''})"
     if sink.segmented:
         row, column = f"cache_part(args, slot, {segment.column}, {segment.width})", "column"
     if sink.stored is DType.UINT8:
@@ -424,6 +432,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         "template": f"stages/segment_{'absorb' if segment.absorb else 'rows'}.hip.j2",
         "chain": chain,
         "heads": segment.heads,
+        "tensor": sink.tensor,
         "is_cache": sink.role == "kv",
         "rope": segment.rope,
         "round": rounds,

@@ -50,6 +50,11 @@ class TensorType:
             raise ProgramError(f"{self}: the last dimension must be a number, it is the symbol {last}")
         return last
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Extents that are known: those after T and H."""
+        return tuple(extent for extent in self.shape if isinstance(extent, int))
+
 
 Types = Mapping[str, TensorType]
 

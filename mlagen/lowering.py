@@ -16,11 +16,12 @@ from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize
 class Sink:
     """Where rows end: an output tensor, its type, and how a row is converted and addressed.
 
-    `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] or [T,K,:] that go to the cache.  `width` and `stored` are
-    those of the tensor's rows.  Where the rows have scales of their own, `groups` computes them and `scale_write` puts them in the
-    cache.
+    `number` is its place among the program's results; `role` is "q" for rows [T,H,:] of the query, "kv" for rows [T,:] or [T,K,:]
+    that go to the cache.  `width` and `stored` are those of the tensor's rows.  Where the rows have scales of their own, `groups`
+    computes them and `scale_write` puts them in the cache.
     """
 
+    number: int
     role: str
     tensor: str
     width: int
@@ -89,8 +90,14 @@ class Lowered:
                 found.append(segment.sink)
         return tuple(found)
 
-    def sink(self, role: str) -> Sink | None:
-        return next((sink for sink in self.sinks if sink.role == role), None)
+    @property
+    def queries(self) -> tuple[Sink, ...]:
+        """The tensors of the query, in the order of the program's results."""
+        return tuple(sorted((sink for sink in self.sinks if sink.role == "q"), key=lambda sink: sink.number))
+
+    @property
+    def cache(self) -> Sink | None:
+        return next((sink for sink in self.sinks if sink.role == "kv"), None)
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -102,9 +109,9 @@ def lower(program: Program) -> Lowered:
     """Segments of `program`.  Raises ProgramError for one that is ill-formed or that no single launch can serve."""
     types = program.verify()
     segments: list[Segment] = []
-    for result in program.results:
+    for number, result in enumerate(program.results):
         if not _writes_scales(program, result):
-            segments += _row_segments(program, types, _sink(program, types, result))
+            segments += _row_segments(program, types, _sink(program, types, number, result))
     _refuse_overlaps(program, types)
     used = {stage.output for stage in program.stages}
     kept = {name for segment in segments for name in _names(program, segment)}
@@ -113,17 +120,20 @@ def lower(program: Program) -> Lowered:
     dtypes = {types[segment.source].dtype for segment in segments}
     styles = {segment.rope.style for segment in segments if segment.rope}
     rotaries = {(segment.rope.cos_sin, segment.rope.positions, segment.width) for segment in segments if segment.rope}
-    roles = [segment.sink.tensor for segment in segments]
+    sources = [segment.source for segment in segments]
+    caches = {segment.sink.tensor for segment in segments if segment.sink.role == "kv"}
     for what, found in (("model types", dtypes), ("RoPE styles", styles), ("rotary tables or widths", rotaries)):
         if len(found) > 1:
             raise ProgramError(f"program {program.name!r}: it mixes {what}: {', '.join(sorted(map(str, found)))}")
-    if len({segment.sink.role for segment in segments}) != len(set(roles)):
-        raise ProgramError(f"program {program.name!r}: two results have the same rows; one q and one cache write at most")
+    if len(set(sources)) < len(sources) or len(caches) > 1:
+        raise ProgramError(
+            f"program {program.name!r}: two results have the same rows; each part of q in one, one cache write at most"
+        )
     segments.sort(key=_order)
     return Lowered(dtypes.pop(), tuple(segments))
 
 
-def _sink(program: Program, types: Types, result: str) -> Sink:
+def _sink(program: Program, types: Types, number: int, result: str) -> Sink:
     stage = program.producer(result)
     if isinstance(stage, CacheWrite):
         quantize = program.producer(stage.x)
@@ -139,9 +149,9 @@ def _sink(program: Program, types: Types, result: str) -> Sink:
                 raise groups.reject(f"{stage.cache!r} has the codes and not their scales: nobody could read it")
             if groups.x != quantize.x or program.producer(groups.x) is not None:
                 raise groups.reject(f"the scales must be those of {quantize.x!r}, and that an input")
-        return Sink("kv", stage.cache, cache.width, cache.dtype, quantize, stage, groups, scale_write)
+        return Sink(number, "kv", stage.cache, cache.width, cache.dtype, quantize, stage, groups, scale_write)
     if isinstance(stage, Quantize) and len(types[result].shape) == 3:
-        return Sink("q", result, types[result].width, stage.dtype, stage, None)
+        return Sink(number, "q", result, types[result].width, stage.dtype, stage, None)
     raise ProgramError(f"program {program.name!r}: its result {result!r} is neither a quantised [T,H,:] query nor a cache write")
 
 

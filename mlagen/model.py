@@ -145,7 +145,8 @@ def predict(spec: PrologueSpec, target: Target, layout: Layout, token_tiles: int
     weights = padded * spec.lora_rank * wide
     query, latent = tokens * spec.nope_dim * wide, tokens * spec.lora_rank * q_bytes
     rope = spec.heads * spec.rope_dim * (wide + q_bytes) + (spec.rope_dim * wide if lowered.ropes else 0)
-    rows = tokens * (rope + spec.entry_dim * (wide + kv_bytes))
+    entry = spec.entry_dim * (wide + kv_bytes) if spec.write_kv else 0
+    rows = tokens * (rope + entry)
     hbm = _fetches(schedule, spec.heads) * weights + spec.heads * (query + latent) + rows
     l2 = heads_of_xcd * (splits * weights + schedule.workgroups_per_head * query + latent) + rows / target.xcds
     into_wave = (tiles.l_tile * padded + per_workgroup * tiles.token_tile * spec.nope_dim) * wide

@@ -125,7 +125,7 @@ class Form:
         self.places = tuple(TENSORS.index(name) for name in names)
         self.pick: Callable[[tuple[Any, ...]], tuple[Any, ...]] = itemgetter(*self.places)
         self.recent: Plan | None = None
-        self._slots = names.index("slot_mapping")
+        self._slots = names.index("slot_mapping") if "slot_mapping" in names else 0
         self._plans: dict[tuple[int, int], tuple[Plan, ...]] = {}
 
     def find(self, given: Sequence[Any]) -> Plan | None:

@@ -62,15 +62,24 @@ class Kernel:
         self._packed_shape: Sequence[int] = packed_head_shape(tiles, self.generated.codes) if tiles else ()
         self._out_dtype = self._checker.fp8 if spec.q_dtype == "fp8" else self._checker.model
         self._absorbs, self._has_rope, self._rotates = spec.absorbs, spec.rope_dim > 0, spec.rope_style != "none"
-        self._on_cpu = device.type == "cpu"
+        self._writes_q, self._returns_one = spec.write_q, len(spec.q_results) == 1
+        self._checks_slots = device.type == "cpu" and spec.write_kv
         both = (False, True)
         self._forms = {(q_pair, table_pair): self._form(q_pair, table_pair) for q_pair in both for table_pair in both}
 
     def _form(self, q_pair: bool, table_pair: bool) -> Form:
         """Calls of this kernel with q, with the rotary tables, as a pair or as one tensor."""
-        unread = {"q_pe": not q_pair, "k_pe": not self._has_rope, "packed": not self._absorbs, "sin": not table_pair}
-        rotary = {"positions", "cos_sin_cache", "sin"} if not self._rotates else set()
-        return Form([name for name in TENSORS if name not in rotary and not unread.get(name)])
+        pairs = {"q_pe": not q_pair, "k_pe": not self._has_rope, "packed": not self._absorbs, "sin": not table_pair}
+        unread = {name for name, is_unread in pairs.items() if is_unread}
+        if not self._rotates:
+            unread |= {"positions", "cos_sin_cache", "sin"}
+        if not self.spec.write_q:
+            unread |= {"q", "q_pe", "q_scale", "out"}
+        if len(self.spec.q_results) < 2:
+            unread.add("out_second")
+        if not self.spec.write_kv:
+            unread |= {"kv_c", "k_pe", "kv_cache", "slot_mapping", "k_scale"}
+        return Form([name for name in TENSORS if name not in unread])
 
     def pack_weights(self, w_uk: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """W_UK [H,P,L] of any strides in the order in which this kernel's lanes read it, to be done once at load.
@@ -111,19 +120,19 @@ class Kernel:
 
     def __call__(
         self,
-        q: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None],
-        kv_c: torch.Tensor,
+        q: torch.Tensor | tuple[torch.Tensor, torch.Tensor | None] | None,
+        kv_c: torch.Tensor | None,
         k_pe: torch.Tensor | None,
         packed: torch.Tensor | None,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
+        kv_cache: torch.Tensor | None,
+        slot_mapping: torch.Tensor | None,
         positions: torch.Tensor | None = None,
         cos_sin_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         *,
         q_scale: torch.Tensor | None = None,
         k_scale: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        out: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    ) -> Any:
         """Run the prologue: returns q_out [T, H' >= H, L+R] (`out` where given) and writes kv_cache at slot_mapping.
 
         q [T,H,P+R] or the pair q_nope [T,H,P], q_pe [T,H,R]; kv_c [T,L]; k_pe [T,R] or [T,1,R]: the model's dtype, unit last
@@ -138,6 +147,12 @@ class Kernel:
         k_scale with fp8_ds_mla, whose scales are made here.  positions and cos_sin_cache are not read, and may be None, where
         rope_style is "none"; k_pe may be None where rope_dim is 0.
 
+        With q_split=True the query is the pair ql_nope_out [T,H',L], q_pe_out [T,H',R], which `out` then takes, too.
+
+        What a spec leaves out is not read and may be None.  With write_kv=False these are kv_c, k_pe, kv_cache, slot_mapping and
+        k_scale.  With write_q=False they are q and q_scale; packed and out must be None, T is the number of kv_c's rows, and the
+        call returns None.
+
         On a GPU the launch goes to the caller's current stream and returns at once; nothing is allocated when `out` is given.
         Raises ArgumentError, naming the argument, what it was and what it may be, before anything is launched.
         """
@@ -145,9 +160,11 @@ class Kernel:
             self._checker.no_weights(packed)
         q0: object = q
         cos: object = cos_sin_cache
-        q1 = sin = None
+        q1 = sin = second = None
         q_pair = table_pair = False
-        if isinstance(q, _PAIR):
+        if not self._writes_q:
+            self._checker.no_output(out)
+        elif isinstance(q, _PAIR):
             q0, q1 = self._checker.pair("q", "(q_nope, q_pe)", q)
             q_pair = self._has_rope or q1 is not None  # without RoPE columns, (q, None) is q
         if not self._rotates:
@@ -155,13 +172,17 @@ class Kernel:
         elif isinstance(cos_sin_cache, _PAIR):
             cos, sin = self._checker.pair("cos_sin_cache", "(cos, sin)", cos_sin_cache)
             table_pair = True
-        if out is None and isinstance(q0, torch.Tensor) and q0.dim():
-            out = torch.empty((q0.shape[0], self.spec.heads, self.spec.entry_dim), dtype=self._out_dtype, device=self.device)
+        if not self._returns_one:
+            first, second = self._outputs(q0, out)
+        elif out is None and isinstance(q0, torch.Tensor) and q0.dim():
+            first = torch.empty((q0.shape[0], self.spec.heads, self.spec.entry_dim), dtype=self._out_dtype, device=self.device)
+        else:
+            first = out
         if q_scale is None:
             q_scale = self.unit_scales[0]
         if k_scale is None:
             k_scale = self.unit_scales[1]
-        tensors = (q0, q1, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos, sin, q_scale, k_scale, out)
+        tensors = (q0, q1, kv_c, k_pe, packed, kv_cache, slot_mapping, positions, cos, sin, q_scale, k_scale, first, second)
         form = self._forms[q_pair, table_pair]
         given = form.pick(tensors)
         plan = form.recent
@@ -170,11 +191,25 @@ class Kernel:
             if plan is None:
                 plan = form.keep(given, self._plan(form, tensors, given, q_pair, table_pair))
         if plan.tokens:
-            if self._on_cpu:
+            if self._checks_slots:
+                assert slot_mapping is not None, "it was checked"
+                assert kv_cache is not None, "it was checked"
                 self._check_slots(slot_mapping[: plan.tokens], kv_cache)
             plan.run(given)
-        assert out is not None, "a call without tensors does not get this far"
-        return out
+        if self._returns_one:
+            return first
+        return (first, second) if self._writes_q else None
+
+    def _outputs(self, q: object, out: object) -> tuple[object, object]:
+        """What a call writes to, where that is not one tensor: the members of `out`, new tensors, or nothing."""
+        if not self._writes_q:
+            return None, None
+        if out is not None:
+            return self._checker.output_pair(out)
+        if not isinstance(q, torch.Tensor) or not q.dim():
+            return None, None
+        first, second = (self._checker.empty(name, q.shape[0], self.spec.heads) for name in self._checker.results)
+        return first, second
 
     def _plan(self, form: Form, tensors: Sequence[Any], given: Sequence[Any], q_pair: bool, table_pair: bool) -> Plan:
         """The launch for tensors like these.  Raises ArgumentError."""
@@ -187,7 +222,8 @@ class Kernel:
         )  # fmt: skip
         threads = generated.schedule.threads
         if launch.grid * threads > MAX_WORK_ITEMS:
-            raise ArgumentError(f"q: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
+            name = "q" if self._writes_q else "kv_c"
+            raise ArgumentError(f"{name}: {bound.tokens} tokens are too many for one launch, call it for parts of the batch")
         numbers = {**bound.values, **launch.values}
         matches = matcher(given)
 

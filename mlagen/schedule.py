@@ -221,20 +221,18 @@ def _choose_tiles(segment: Segment, target: Target, atom: MmaAtom, m_tiles: int 
 
 
 def _choose_staging(lowered: Lowered, target: Target, tiles: AbsorbTiles, block: int) -> Staging:
-    product, sink = target.shared_product(lowered.model_dtype), lowered.sink("q")
+    product = target.shared_product(lowered.model_dtype)
     if product is None:
         raise ScheduleError(f"block={block}: {target.arch} has no product from shared memory")
     if block not in product.blocks:
         raise ScheduleError(f"block={block}: {target.arch} multiplies {', '.join(map(str, product.blocks))} tokens at a time")
     if lowered.operand_dtype is not lowered.model_dtype:
         raise ScheduleError(f"block={block}: the query in shared memory is {lowered.model_dtype}, not {lowered.operand_dtype}")
-    scale_block = lowered.absorb.scale_block if lowered.absorb else None
+    assert lowered.absorb is not None, "only its query is staged"
+    scale_block = lowered.absorb.scale_block
     if scale_block and scale_block[1] > 1 and scale_block[0] < tiles.nope_dim:
-        raise ScheduleError(
-            f"block={block}: products from shared memory are whole sums, these have {scale_block[0]} rows to a scale"
-        )
-    assert sink is not None, "an absorb ends in the query"
-    return Staging(tiles, block, product.waves, 1 if sink.quantize.dtype.is_fp8 else 2, target.lds_bytes)
+        raise ScheduleError(f"block={block}: a product from shared memory is a whole sum, here {scale_block[0]} rows have a scale")
+    return Staging(tiles, block, product.waves, lowered.absorb.sink.quantize.dtype.bytes, target.lds_bytes)
 
 
 def cut(segment: Segment) -> Pieces:

@@ -1,6 +1,7 @@
 """Which kernels the project ships: the whole matrix, and the few whose source is checked in."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlagen.models import PRESETS, resolve_model
 from mlagen.spec import PrologueSpec
@@ -24,26 +25,9 @@ class Request:
     target: Target
 
 
-def request(
-    model: str,
-    tp: int,
-    target: Target,
-    *,
-    weight: str | None = None,
-    q_dtype: str = "fp8",
-    kv_dtype: str = "fp8",
-    rounding: str = "fused",
-    fp8_max: float | None = None,
-    nope_first: bool = True,
-    compute: str = "a16",
-    kv_heads: int = 1,
-    kv_layout: str = "paged",
-) -> Request:
-    """The request for a model (preset or path).  Raises ModelError or SpecError."""
-    spec = PrologueSpec.from_model(
-        model, tp=tp, weight=weight, q_dtype=q_dtype, kv_dtype=kv_dtype, rounding=rounding, fp8_max=fp8_max, nope_first=nope_first,
-        compute=compute, kv_heads=kv_heads, kv_layout=kv_layout,
-    )  # fmt: skip
+def request(model: str, tp: int, target: Target, **options: Any) -> Request:
+    """The request for a model (preset or path), with the options of PrologueSpec.from_model.  Raises ModelError or SpecError."""
+    spec = PrologueSpec.from_model(model, tp=tp, **options)
     spec.program(target)
     return Request(resolve_model(model).name, tp, spec, target)
 

@@ -62,6 +62,11 @@ class PrologueSpec:
     format for sparse attention, bytes: L fp8 codes, L/128 fp32 scales of 128 codes each, which the kernel computes (ir.GroupScale),
     and R rotary values of the model's dtype.  It needs kv_dtype "fp8", and k_scale and fp8_max do not concern it.
 
+    q_split=True gives the query as two tensors, ql_nope [T,H,L] and q_pe [T,H,R], each with strides of its own; nope_first then
+    speaks of the cache alone.  write_q=False leaves the query out: only the cache is written, nothing absorbs.  write_kv=False
+    leaves the cache out: only the query is made.  A field of what is left out has no meaning and is set to one value, so that equal
+    kernels have equal specs: with write_q=False weight is "none" and q_dtype the model's dtype, with write_kv=False kv_dtype is.
+
     Raises SpecError, naming the field, what it was and what it may be.
     """
 
@@ -78,6 +83,9 @@ class PrologueSpec:
     fp8_max: float | None = None
     nope_first: bool = True
     compute: str = "a16"
+    q_split: bool = False
+    write_q: bool = True
+    write_kv: bool = True
     kv_heads: int = 1
     kv_layout: str = "paged"
 
@@ -94,21 +102,41 @@ class PrologueSpec:
         self._check_choice("q_dtype", ("fp8", self.dtype))
         self._check_choice("kv_dtype", ("fp8", self.dtype))
         self._check_choice("rounding", ROUNDINGS)
+        self._check_choice("compute", COMPUTES)
+        self._check_width("kv_heads", 1, MAX_HEADS, 1)
+        self._check_choice("kv_layout", KV_LAYOUTS)
+        for field in ("nope_first", "q_split", "write_q", "write_kv"):
+            self._check_truth(field)
+        if not self.write_q and not self.write_kv:
+            raise SpecError("write_q=False with write_kv=False: nothing would be written, leave one of them out")
+        if self.q_split and self.rope_dim == 0:
+            raise SpecError("q_split=True with rope_dim=0: there is nothing to split, leave q_split out")
+        if self.q_split and not self.write_q:
+            raise SpecError("q_split=True with write_q=False: there is no query to split, leave one of them out")
+        self._set_what_has_no_meaning()
         if self.rope_dim == 0 and self.rope_style != "none":
             raise SpecError(f"rope_style={self.rope_style!r} with rope_dim=0: there is nothing to rotate, use rope_style='none'")
         if self.fp8_max is not None:
             if "fp8" not in (self.q_dtype, self.kv_dtype):
                 raise SpecError(f"fp8_max={self.fp8_max!r} without an fp8 output: leave it out, or ask for an fp8 query or cache")
             object.__setattr__(self, "fp8_max", self._limit())
-        if not isinstance(self.nope_first, bool):
-            raise SpecError(f"nope_first={self.nope_first!r}: must be True or False")
-        if self.rope_dim == 0:
-            object.__setattr__(self, "nope_first", True)  # one part has no order: it is the same kernel
         self._check_weight()
         self._check_cache()
 
+    def _set_what_has_no_meaning(self) -> None:
+        """One value for each field that changes nothing, whatever was asked for: it is the same kernel."""
+        if not self.write_q:
+            object.__setattr__(self, "weight", "none")
+            object.__setattr__(self, "compute", "a16")
+            object.__setattr__(self, "q_dtype", self.dtype)
+        if not self.write_kv:
+            object.__setattr__(self, "kv_dtype", self.dtype)
+            object.__setattr__(self, "kv_heads", 1)
+            object.__setattr__(self, "kv_layout", "paged")
+        if self.rope_dim == 0 or (self.q_split and not self.write_kv):
+            object.__setattr__(self, "nope_first", True)  # one part has no order
+
     def _check_weight(self) -> None:
-        self._check_choice("compute", COMPUTES)
         if self.compute == "a8" and self.weight != "fp8":
             raise SpecError(f"compute='a8' with weight={self.weight!r}: it multiplies fp8 codes, use weight='fp8' or compute='a16'")
         if self.weight in ("fp8-block", "mxfp4") and self.nope_dim % MX_GROUP:
@@ -120,8 +148,6 @@ class PrologueSpec:
             raise SpecError(f"weight='mxfp4' with dtype={self.dtype!r}: e8m0 scales reach beyond what {self.dtype} holds, use bf16")
 
     def _check_cache(self) -> None:
-        self._check_width("kv_heads", 1, MAX_HEADS, 1)
-        self._check_choice("kv_layout", KV_LAYOUTS)
         if self.kv_layout != "paged" and self.kv_heads > 1:
             raise SpecError(f"kv_heads={self.kv_heads} with kv_layout={self.kv_layout!r}: its entries are those of one KV head")
         if self.kv_layout != "paged" and not self.nope_first:
@@ -155,6 +181,10 @@ class PrologueSpec:
             shape = f"a multiple of {step} from {low} to {high}" if step > 1 else f"from {low} to {high}"
             raise SpecError(f"{field}={value!r}: must be an integer, {shape}")
 
+    def _check_truth(self, field: str) -> None:
+        if not isinstance(getattr(self, field), bool):
+            raise SpecError(f"{field}={getattr(self, field)!r}: must be True or False")
+
     def _check_choice(self, field: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, field)
         if value not in choices:
@@ -176,6 +206,9 @@ class PrologueSpec:
         fp8_max: float | None = None,
         nope_first: bool = True,
         compute: str = "a16",
+        q_split: bool = False,
+        write_q: bool = True,
+        write_kv: bool = True,
         kv_heads: int = 1,
         kv_layout: str = "paged",
     ) -> "PrologueSpec":
@@ -198,6 +231,9 @@ class PrologueSpec:
             fp8_max=fp8_max,
             nope_first=nope_first,
             compute=compute,
+            q_split=q_split,
+            write_q=write_q,
+            write_kv=write_kv,
             kv_heads=kv_heads,
             kv_layout=kv_layout,
         )
@@ -211,6 +247,13 @@ class PrologueSpec:
     def q_nope_dim(self) -> int:
         """Width of the nope part of q as it arrives: P, or L where it is already absorbed."""
         return self.nope_dim if self.absorbs else self.lora_rank
+
+    @property
+    def q_results(self) -> tuple[str, ...]:
+        """The names of the tensors that a call returns, as `out` has them too; none where no query is written."""
+        if not self.write_q:
+            return ()
+        return ("ql_nope_out", "q_pe_out") if self.q_split else ("q_out",)
 
     @property
     def entry_dim(self) -> int:
@@ -241,13 +284,13 @@ class PrologueSpec:
 
     @property
     def nope_columns(self) -> slice:
-        """Where the latent is in a row of q_out and in a cache entry."""
+        """Where the latent is in a row of a joined q_out and in a cache entry."""
         first = 0 if self.nope_first else self.rope_dim
         return slice(first, first + self.lora_rank)
 
     @property
     def rope_columns(self) -> slice:
-        """Where the rotary part is in a row of q_out and in a cache entry."""
+        """Where the rotary part is in a row of a joined q_out and in a cache entry."""
         first = self.lora_rank if self.nope_first else 0
         return slice(first, first + self.rope_dim)
 
@@ -280,9 +323,9 @@ class PrologueSpec:
             raise SpecError(f"fp8_max={self.fp8_max:g}: {target.arch}'s {target.fp8} ends at {target.fp8.largest:g}")
         dtype = model_dtype(self.dtype)
         carried = DType.FP32 if self.rounding == "fused" else dtype
-        q_nope = TensorType(("T", "H", self.q_nope_dim), dtype)
         inputs: list[tuple[str, TensorType]] = []
         stages: list[Stage] = []
+        results: list[str] = []
 
         def take(name: str, shape: tuple[int | str, ...], element: DType) -> str:
             if name not in dict(inputs):
@@ -300,25 +343,18 @@ class PrologueSpec:
             positions = take("positions", ("T",), DType.INT64)
             return add(Rope(f"{x}_rotated", x, cos_sin, positions, self.rope_style, carried))
 
-        def row(output: str, latent: str, pe: str, pe_shape: tuple[int | str, ...], name: str, scale: str) -> str:
+        def quantized(output: str, x: str, name: str, scale: str) -> str:
             element = self.output_dtype(name, target)
+            fp8 = element.is_fp8
+            return add(Quantize(output, x, element, take(scale, (), DType.FP32) if fp8 else None, self.fp8_max if fp8 else None))
+
+        def row(output: str, latent: str, pe: str, pe_shape: tuple[int | str, ...], name: str, scale: str) -> str:
             x = latent
             if self.rope_dim:
                 rotary = rotated(take(pe, pe_shape, dtype))
                 x = add(Concat(f"{output}_row", *((latent, rotary) if self.nope_first else (rotary, latent))))
-            fp8 = element.is_fp8
-            return add(Quantize(output, x, element, take(scale, (), DType.FP32) if fp8 else None, self.fp8_max if fp8 else None))
+            return quantized(output, x, name, scale)
 
-        take("q_nope", q_nope.shape, dtype)
-        latent = "q_nope"
-        if self.absorbs:
-            code, scale = self._weight_types(target)
-            w_uk = take("w_uk", ("H", self.nope_dim, self.lora_rank), code)
-            w_scale = take("w_scale", scale.shape, scale.dtype) if scale else None
-            activation = target.fp8 if self.compute == "a8" else None
-            latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried, w_scale, activation))
-        q_out = row("q_out", latent, "q_pe", ("T", "H", self.rope_dim), self.q_dtype, "q_scale")
-        results = [q_out]
         inner = ("K",) if self.kv_heads > 1 else ()
 
         def written(entry: str, name: str, column: int = 0) -> None:
@@ -327,17 +363,32 @@ class PrologueSpec:
             layout = "segmented" if self.kv_layout == "segmented" else None
             results.append(add(CacheWrite(name, entry, cache, slots, layout, column)))
 
-        kv_c = take("kv_c", ("T", *inner, self.lora_rank), dtype)
-        if self.kv_layout == "fp8_ds_mla":
-            scales = add(GroupScale("kv_scales", kv_c, SCALE_GROUP, SCALE_DIVISOR[target.fp8], LEAST_SCALE))
-            written(add(Quantize("kv_codes", kv_c, target.fp8, scales)), "kv_codes_written")
-            written(scales, "kv_scales_written", self.lora_rank)
-            if self.rope_dim:
-                rotary = add(Quantize("kv_pe", rotated(take("k_pe", ("T", self.rope_dim), dtype)), dtype))
-                written(rotary, "kv_pe_written", self.rotary_byte)
-        else:
-            entry = row("kv_entry", kv_c, "k_pe", ("T", *inner, self.rope_dim), self.kv_dtype, "k_scale")
-            written(entry, "kv_cache_written")
+        if self.write_q:
+            latent = take("q_nope", ("T", "H", self.q_nope_dim), dtype)
+            if self.absorbs:
+                code, scale = self._weight_types(target)
+                w_uk = take("w_uk", ("H", self.nope_dim, self.lora_rank), code)
+                w_scale = take("w_scale", scale.shape, scale.dtype) if scale else None
+                activation = target.fp8 if self.compute == "a8" else None
+                latent = add(QAbsorb("ql_nope", "q_nope", w_uk, carried, w_scale, activation))
+            q_pe_shape = ("T", "H", self.rope_dim)
+            if self.q_split:
+                results.append(quantized("ql_nope_out", latent, self.q_dtype, "q_scale"))
+                results.append(quantized("q_pe_out", rotated(take("q_pe", q_pe_shape, dtype)), self.q_dtype, "q_scale"))
+            else:
+                results.append(row("q_out", latent, "q_pe", q_pe_shape, self.q_dtype, "q_scale"))
+        if self.write_kv:
+            kv_c = take("kv_c", ("T", *inner, self.lora_rank), dtype)
+            if self.kv_layout == "fp8_ds_mla":
+                scales = add(GroupScale("kv_scales", kv_c, SCALE_GROUP, SCALE_DIVISOR[target.fp8], LEAST_SCALE))
+                written(add(Quantize("kv_codes", kv_c, target.fp8, scales)), "kv_codes_written")
+                written(scales, "kv_scales_written", self.lora_rank)
+                if self.rope_dim:
+                    rotary = add(Quantize("kv_pe", rotated(take("k_pe", ("T", self.rope_dim), dtype)), dtype))
+                    written(rotary, "kv_pe_written", self.rotary_byte)
+            else:
+                entry = row("kv_entry", kv_c, "k_pe", ("T", *inner, self.rope_dim), self.kv_dtype, "k_scale")
+                written(entry, "kv_cache_written")
         program = Program("mla_decode_prologue", tuple(inputs), tuple(stages), tuple(results))
         program.verify()
         return program

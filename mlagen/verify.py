@@ -1,8 +1,9 @@
 """verify: runs a kernel on random inputs and compares every byte with the oracle."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -54,11 +55,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one launch, as the oracle wants them: w_uk unpacked, cos_sin_cache joined, the outputs between guard bytes."""
+    """Inputs of one launch, as the oracle wants them: w_uk unpacked, cos_sin_cache joined, the outputs between guard bytes.
+
+    An output that the spec leaves out is None.  `q_out` and `q_second` are what a call returns.
+    """
 
     inputs: dict[str, torch.Tensor]
-    q_out: Guarded
-    kv_cache: Guarded
+    q_out: Guarded | None
+    kv_cache: Guarded | None
+    q_second: Guarded | None = None
+
+    @property
+    def queries(self) -> tuple[Guarded, ...]:
+        """What the call returns, in the order of the spec's q_results."""
+        return tuple(each for each in (self.q_out, self.q_second) if each)
+
+    @property
+    def out(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """What a call takes as `out`."""
+        if self.q_out and self.q_second:
+            return self.q_out.tensor, self.q_second.tensor
+        return self.q_out.tensor if self.q_out else None
 
 
 def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Case:
@@ -100,14 +117,23 @@ def make_case(spec: PrologueSpec, target: Target, tokens: int, *, seed: int = 0,
     }
     if spec.absorbs:
         inputs |= _weights(spec, target, (draw(spec.heads, spec.nope_dim, spec.lora_rank) / spec.nope_dim**0.5).to(dtype))
-    q_dtype, kv_dtype = torch_dtype(spec.output_dtype(spec.q_dtype, target)), torch_dtype(spec.cache_dtype(target))
-    width = spec.entry_dim
+    types = spec.program(target).verify()
     rows = spec.heads + 1  # head room: heads that the kernel must leave alone
-    q_out = Guarded((tokens, rows, width), (rows * width, width, 1), q_dtype, device)
-    shape = cache_shape(spec, blocks, BLOCK_SIZE)
-    strides = (math.prod(shape[1:]) + 64, *(math.prod(shape[axis + 1 :]) for axis in range(1, len(shape))))
-    kv_cache = Guarded(shape, strides, kv_dtype, device)
-    return Case(inputs, q_out, kv_cache)
+    queries: list[Guarded | None] = []
+    for name in spec.q_results:
+        shape = (tokens, rows, *types[name].widths)
+        queries.append(Guarded(shape, _dense(shape), torch_dtype(types[name].dtype), device))
+    q_out, q_second = [*queries, None, None][:2]
+    kv_cache = None
+    if spec.write_kv:
+        shape = cache_shape(spec, blocks, BLOCK_SIZE)
+        block, *inner = _dense(shape)
+        kv_cache = Guarded(shape, (block + 64, *inner), torch_dtype(spec.cache_dtype(target)), device)
+    return Case(inputs, q_out, kv_cache, q_second)
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[number + 1 :]) for number in range(len(shape)))
 
 
 def _weights(spec: PrologueSpec, target: Target, w_uk: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -124,25 +150,29 @@ def run_case(kernel: Kernel, case: Case) -> None:
     """Launch `kernel` on a case, writing its guarded outputs."""
     inputs = {name: tensor.to(kernel.device) for name, tensor in case.inputs.items()}
     packed = kernel.pack_weights(inputs["w_uk"], inputs.get("w_scale")) if kernel.spec.absorbs else None
+    cache = case.kv_cache.tensor if case.kv_cache else None
     kernel(
-        (inputs["q_nope"], inputs["q_pe"]), inputs["kv_c"], inputs["k_pe"], packed, case.kv_cache.tensor, inputs["slot_mapping"],
-        inputs["positions"], inputs["cos_sin_cache"], q_scale=inputs["q_scale"], k_scale=inputs["k_scale"], out=case.q_out.tensor,
+        (inputs["q_nope"], inputs["q_pe"]), inputs["kv_c"], inputs["k_pe"], packed, cache, inputs["slot_mapping"],
+        inputs["positions"], inputs["cos_sin_cache"], q_scale=inputs["q_scale"], k_scale=inputs["k_scale"], out=case.out,
     )  # fmt: skip
 
 
 def compare_case(spec: PrologueSpec, target: Target, case: Case) -> list[Comparison]:
     """What a launch left in the case's outputs against the oracle."""
     expected = evaluate(spec.program(target), case.inputs)
-    q, entry = expected["q_out"], expected_entries(spec, expected)
-    slots = case.inputs["slot_mapping"]
-    kept = slots >= 0
-    q_out, cache = case.q_out.tensor.cpu(), case.kv_cache.tensor.cpu()
-    q_written = torch.zeros(q_out.shape, dtype=torch.bool)
-    q_written[:, : spec.heads] = True
-    q_stray, kv_stray = case.q_out.stray_bytes(q_written), case.kv_cache.stray_bytes(written(spec, cache, slots[kept]))
-    kept_entry = entry.map(lambda end: end[kept])
-    found = values(spec, target, entries(spec, cache, slots[kept]))
-    return compare_outputs(spec, q, kept_entry, q_out[:, : spec.heads], found, q_stray=q_stray, kv_stray=kv_stray)
+    outputs: dict[str, torch.Tensor] = {}
+    strays: dict[str, int] = {}
+    for name, guarded in zip(spec.q_results, case.queries, strict=True):
+        mine = torch.zeros(guarded.tensor.shape, dtype=torch.bool)
+        mine[:, : spec.heads] = True
+        outputs[name], strays[name] = guarded.tensor.cpu()[:, : spec.heads], guarded.stray_bytes(mine)
+    if case.kv_cache:
+        slots, cache = case.inputs["slot_mapping"], case.kv_cache.tensor.cpu()
+        kept = slots >= 0
+        outputs["kv_entry"] = values(spec, target, entries(spec, cache, slots[kept]))
+        strays["kv_entry"] = case.kv_cache.stray_bytes(written(spec, cache, slots[kept]))
+        expected["kv_entry"] = expected_entries(spec, expected).map(lambda end: end[kept])
+    return compare_outputs(spec, expected, outputs, strays)
 
 
 def expected_entries(spec: PrologueSpec, expected: Mapping[str, Bounded]) -> Bounded:
@@ -155,32 +185,35 @@ def expected_entries(spec: PrologueSpec, expected: Mapping[str, Bounded]) -> Bou
 
 def compare_outputs(
     spec: PrologueSpec,
-    q: Bounded,
-    entry: Bounded,
-    q_out: torch.Tensor,
-    entries: torch.Tensor,
-    *,
-    q_stray: int = 0,
-    kv_stray: int = 0,
+    expected: Mapping[str, Bounded],
+    outputs: Mapping[str, torch.Tensor],
+    strays: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Comparison]:
-    """q_out [T,H,L+R] and cache entries [kept,L+R] that a kernel wrote against the oracle's, part by part, on their device.
+    """What a kernel wrote against the oracle's values, part by part, on their device, both by name.
 
-    Entries of fp8_ds_mla come as numbers, as expected_entries() and cache_layout.values() have them.  The strays are counts of
-    bytes that it wrote elsewhere.
+    The names are those of spec.q_results, for tensors [T,H,:], and "kv_entry", for cache entries [kept,L+R]; those of fp8_ds_mla
+    come as numbers, as expected_entries() and cache_layout.values() have them.  The strays are counts of bytes that it wrote
+    elsewhere.
     """
     nope, pe = spec.nope_columns, spec.rope_columns
     verbatim = spec.rope_style == "none"
-    comparisons = [
-        _compare("q_out nope", q, q_out, nope, q_stray, must_be_exact=not spec.absorbs),
-        _compare("kv_cache nope", entry, entries, nope, kv_stray, must_be_exact=True),
-    ]
-    if spec.scale_groups:
-        scales = slice(nope.stop, nope.stop + spec.scale_groups)
-        comparisons.append(_compare("kv_cache scales", entry, entries, scales, 0, must_be_exact=True))
-    if spec.rope_dim:
-        comparisons.insert(1, _compare("q_out pe", q, q_out, pe, 0, must_be_exact=verbatim))
-        rotary = slice(pe.start + spec.scale_groups, pe.stop + spec.scale_groups)
-        comparisons.append(_compare("kv_cache pe", entry, entries, rotary, 0, must_be_exact=verbatim))
+    parts: list[tuple[str, str, slice, bool]] = []
+    if spec.q_split:
+        parts += [("ql_nope_out", "ql_nope_out", slice(None), not spec.absorbs), ("q_pe_out", "q_pe_out", slice(None), verbatim)]
+    elif spec.write_q:
+        parts += [("q_out nope", "q_out", nope, not spec.absorbs), ("q_out pe", "q_out", pe, verbatim)]
+    if spec.write_kv:
+        parts.append(("kv_cache nope", "kv_entry", nope, True))
+        if spec.scale_groups:
+            parts.append(("kv_cache scales", "kv_entry", slice(nope.stop, nope.stop + spec.scale_groups), True))
+        parts.append(("kv_cache pe", "kv_entry", slice(pe.start + spec.scale_groups, pe.stop + spec.scale_groups), verbatim))
+    comparisons, counted = [], set()
+    for name, output, columns, must_be_exact in parts:
+        if name.endswith(" pe") and not spec.rope_dim:
+            continue
+        stray = 0 if output in counted else strays.get(output, 0)  # with the first part of each output
+        counted.add(output)
+        comparisons.append(_compare(name, expected[output], outputs[output], columns, stray, must_be_exact=must_be_exact))
     return comparisons
 
 

@@ -104,5 +104,6 @@ def wrong(call: Call, arch: str) -> list[str]:
     others = torch.ones(len(cache), dtype=torch.bool)
     others[slots[kept]] = False
     stray = int((cache.view(torch.uint8)[others] != NONE_WRITTEN).sum())
-    compared = compare_outputs(spec, q, kept_entry, q_out, entries, kv_stray=stray)
+    expected, outputs = {"q_out": q, "kv_entry": kept_entry}, {"q_out": q_out, "kv_entry": entries}
+    compared = compare_outputs(spec, expected, outputs, {"kv_entry": stray})
     return [describe(part) for part in compared if not part.passed]

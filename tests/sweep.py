@@ -36,6 +36,8 @@ SPEC_FACTORS = {
     "nope_first": (True, False),
     "kv_heads": (1, 2, 5),
     "kv_layout": ("paged", "segmented", "fp8_ds_mla"),
+    "results": ("both", "query", "cache"),
+    "q_form": ("joined", "split"),
 }
 
 LAUNCH_FACTORS = {
@@ -67,13 +69,16 @@ PRODUCTS_LIMIT = 300e6
 
 def sensible(row: Row) -> bool:
     rotates = row["rope_style"] != "none"
-    if row["kv_layout"] != "paged" and row["kv_heads"] > 1:
+    q_fp8, kv_fp8 = row["q_fp8"] and row["results"] != "cache", row["kv_fp8"] and row["results"] != "query"
+    unsplit = row["rope_dim"] == 0 or row["results"] == "cache"
+    if row["q_form"] == "split" and unsplit:
         return False
-    if row["kv_layout"] != "paged" and row["rope_dim"] and not row["nope_first"]:
-        return False
-    if row["kv_layout"] == "fp8_ds_mla" and (row["lora_rank"] % 128 or not row["kv_fp8"] or (row["fp8_max"] and not row["q_fp8"])):
-        return False
-    return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not row["q_fp8"] and not row["kv_fp8"])
+    if row["kv_layout"] != "paged":
+        if row["kv_heads"] > 1 or (row["rope_dim"] and not row["nope_first"]):
+            return False
+        if row["kv_layout"] == "fp8_ds_mla" and (row["lora_rank"] % 128 or not row["kv_fp8"] or (row["fp8_max"] and not q_fp8)):
+            return False
+    return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not q_fp8 and not kv_fp8)
 
 
 def spec_of(row: Row, heads: int) -> PrologueSpec:
@@ -83,7 +88,10 @@ def spec_of(row: Row, heads: int) -> PrologueSpec:
         weight=dtype if row["absorb"] else "none",
         q_dtype="fp8" if row["q_fp8"] else dtype,
         kv_dtype="fp8" if row["kv_fp8"] else dtype,
-        **{name: row[name] for name in SPEC_FACTORS if name not in ("arch", "absorb", "q_fp8", "kv_fp8")},
+        q_split=row["q_form"] == "split",
+        write_q=row["results"] != "cache",
+        write_kv=row["results"] != "query",
+        **{name: row[name] for name in SPEC_FACTORS if name not in ("arch", "absorb", "q_fp8", "kv_fp8", "results", "q_form")},
     )
 
 
@@ -132,4 +140,6 @@ def label(row: Row) -> str:
     parts += () if row["nope_first"] else ("rope first",)
     parts += () if row["kv_heads"] == 1 else (f"{row['kv_heads']} KV heads",)
     parts += () if row["kv_layout"] == "paged" else (row["kv_layout"],)
+    parts += () if row["q_form"] == "joined" else (row["q_form"],)
+    parts += () if row["results"] == "both" else (f"{row['results']} only",)
     return "-".join(map(str, parts)).rstrip("-")

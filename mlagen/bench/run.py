@@ -118,8 +118,10 @@ def _fastest(oracle: Oracle, candidates: Sequence[Candidate], record: Recorder) 
 def _checked(oracle: Oracle, candidate: Candidate, record: Recorder) -> Recording:
     """The candidate's recording, whose replay left the right result in poisoned outputs.  Raises _WrongResult."""
     recording = record(candidate.launch, oracle.workload.layers)
-    for output in (recording.result, oracle.workload.caches[oracle.layer]):
-        output.view(torch.uint8).fill_(POISON)
+    result = recording.result if isinstance(recording.result, tuple) else (recording.result,)
+    for output in (*result, oracle.workload.caches[oracle.layer]):
+        if output is not None:
+            output.view(torch.uint8).fill_(POISON)
     recording.replay()
     wrong = candidate.check(oracle, recording.result)
     if wrong:

@@ -31,3 +31,9 @@ class Peer:
     misfit: Callable[[PrologueSpec, Target], str]
     candidates: Callable[[Workload], Sequence[Candidate]]
     weight_bytes: int | None = None
+
+    def left_out(self, spec: PrologueSpec, target: Target) -> str:
+        """Why it is not measured for a spec on a target; "" where it is.  All peers do the whole prologue, in its usual form."""
+        if spec.q_results != ("q_out",) or not spec.write_kv:
+            return "it makes one q_out and writes the cache"
+        return self.missing(target) or self.misfit(spec, target)

@@ -9,8 +9,11 @@ from mlagen.runtime import Kernel
 from mlagen.timing.check import Check, explained
 from mlagen.timing.workload import Workload
 
-Launch = Callable[[int], torch.Tensor]
-"""Enqueues one layer's work on the current stream, without waiting, and returns the tensor that will hold its result."""
+Result = torch.Tensor | tuple[torch.Tensor, ...] | None
+"""What will hold the query that a method makes: one tensor, several, or, where it only writes the cache, none."""
+
+Launch = Callable[[int], Result]
+"""Enqueues one layer's work on the current stream, without waiting, and returns what will hold its result."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,13 @@ def kernel_candidate(kernel: Kernel, workload: Workload, packed: Sequence[torch.
     """A kernel of mlagen's; `packed` is what pack() gave, where several kernels share it."""
     packed = pack(kernel, workload) if packed is None else packed
     caches = [workload.paged(layer) for layer in range(workload.layers)]
-    out = workload.empty(workload.spec.entry_dim, workload.q_dtype)
+    out = workload.out()
 
-    def launch(layer: int) -> torch.Tensor:
-        return kernel(
+    def launch(layer: int) -> Result:
+        kernel(
             workload.q, workload.kv_c, workload.k_pe, packed[layer] if packed else None, caches[layer], workload.slot_mapping,
             workload.positions, workload.cos_sin_cache, q_scale=workload.q_scale, k_scale=workload.k_scale, out=out,
         )  # fmt: skip
+        return out
 
     return Candidate(kernel.generated.name, launch, explained)

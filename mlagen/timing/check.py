@@ -6,6 +6,7 @@ row is compared, whose relative error no rounding to the formats on its way can 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,19 +59,23 @@ class Oracle:
         return values(workload.spec, workload.target, entries(workload.spec, workload.paged(self.layer), workload.slot_mapping))
 
 
-Check = Callable[[Oracle, torch.Tensor], str]
+Check = Callable[[Oracle, Any], str]
 """What is wrong with a method's result, and with the cache that it left; "" if nothing."""
 
 
-def nothing(oracle: Oracle, result: torch.Tensor) -> str:
+def nothing(oracle: Oracle, result: object) -> str:
     """For what computes nothing."""
     return ""
 
 
-def explained(oracle: Oracle, result: torch.Tensor) -> str:
-    """q_out and cache entries, of which fp32 arithmetic explains every element."""
+def explained(oracle: Oracle, result: Any) -> str:
+    """What the kernel returned, and cache entries, of which fp32 arithmetic explains every element."""
     spec = oracle.workload.spec
-    compared = compare_outputs(spec, oracle.values["q_out"], expected_entries(spec, oracle.values), result, oracle.entries())
+    outputs = dict(zip(spec.q_results, result if isinstance(result, tuple) else (result,), strict=False))
+    expected = dict(oracle.values)
+    if spec.write_kv:
+        expected["kv_entry"], outputs["kv_entry"] = expected_entries(spec, oracle.values), oracle.entries()
+    compared = compare_outputs(spec, expected, outputs)
     return "; ".join(describe(part) for part in compared if not part.passed)
 
 

@@ -9,7 +9,7 @@ from mlagen.errors import MissingKernelError
 from mlagen.plan import Module, fixed_parameters
 from mlagen.runtime import open_module
 from mlagen.target import Target
-from mlagen.timing.candidate import Candidate
+from mlagen.timing.candidate import Candidate, Result
 from mlagen.timing.check import nothing
 from mlagen.timing.workload import Workload
 
@@ -39,9 +39,12 @@ class Floor:
         return [Candidate("empty", launch, nothing)]
 
     def stream(self, workload: Workload) -> list[Candidate]:
-        """Each layer's bytes of W_UK, q, kv_c and k_pe read, and as many as q_out and the new cache entries have written."""
+        """Each layer's bytes of W_UK, q, kv_c and k_pe read, and as many as q_out and the new cache entries have written.
+
+        What the spec leaves out is not read and not written.
+        """
         units = torch.cuda.get_device_properties(self._device).multi_processor_count
-        out = workload.empty(workload.spec.entry_dim, workload.q_dtype)
+        out = workload.empty(workload.spec.entry_dim, workload.q_dtype) if workload.spec.write_q else None
         found = []
         for threads in FLOOR_THREADS:
             module = self._module(f"mlagen_stream_{threads}")
@@ -49,24 +52,28 @@ class Floor:
                 found.append(self._stream(workload, module, out, max(1, int(units * share)), threads))
         return found
 
-    def _stream(self, workload: Workload, module: Module, out: torch.Tensor, workgroups: int, threads: int) -> Candidate:
+    def _stream(self, workload: Workload, module: Module, out: torch.Tensor | None, workgroups: int, threads: int) -> Candidate:
         layers = range(workload.layers)
         memories = [fixed_parameters(floor_arguments(), [*self.arguments(workload, each, out), workgroups]) for each in layers]
         given = [(memory, module.parameters(memory.address)) for memory in memories]
 
-        def launch(layer: int) -> torch.Tensor:
+        def launch(layer: int) -> Result:
             module.launch(workgroups, threads, given[layer][1])
             return out
 
         return Candidate(f"{workgroups} x {threads}", launch, nothing)
 
     @staticmethod
-    def arguments(workload: Workload, layer: int, out: torch.Tensor) -> list[int]:
+    def arguments(workload: Workload, layer: int, out: torch.Tensor | None) -> list[int]:
         """Address and whole pieces of each tensor of a layer; entries are written from the cache's first row on."""
+        spec = workload.spec
+        q = workload.q if spec.write_q else None
+        rows = (workload.kv_c, workload.k_pe) if spec.write_kv else (None, None)
+        entries = workload.caches[layer][: workload.tokens] if spec.write_kv else None
         # Codes are fewer bytes than the tensor of their values, from which they are read all the same.
         values = [workload.w_uk[layer].data_ptr(), workload.weight_bytes // PIECE_BYTES] if workload.w_uk else [0, 0]
-        for tensor in (workload.q, workload.kv_c, workload.k_pe, out, workload.caches[layer][: workload.tokens]):
-            values += [tensor.data_ptr(), tensor.nbytes // PIECE_BYTES]
+        for tensor in (q, *rows, out, entries):
+            values += [0, 0] if tensor is None else [tensor.data_ptr(), tensor.nbytes // PIECE_BYTES]
         return values
 
     def _module(self, kernel: str) -> Module:

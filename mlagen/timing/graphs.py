@@ -6,13 +6,13 @@ from typing import Protocol
 
 import torch
 
-from mlagen.timing.candidate import Launch
+from mlagen.timing.candidate import Launch, Result
 
 
 class Recording(Protocol):
     """The work of some layers, to be replayed; `result` is what the last layer's launch returned."""
 
-    result: torch.Tensor
+    result: Result
 
     def replay(self) -> None:
         """Do the work again."""

@@ -87,6 +87,12 @@ class Workload:
         cache = self.caches[layer]
         return cache.view(cache_shape(self.spec, len(cache) // BLOCK_SIZE, BLOCK_SIZE))
 
+    def out(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+        """What a kernel takes as `out`, to write to."""
+        if self.spec.q_split:
+            return self.empty(self.spec.lora_rank, self.q_dtype), self.empty(self.spec.rope_dim, self.q_dtype)
+        return self.empty(self.spec.entry_dim, self.q_dtype) if self.spec.write_q else None
+
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """An output [T,H,width] to write to."""
         return torch.empty(self.tokens, self.spec.heads, width, dtype=dtype, device=self.q.device)

@@ -54,6 +54,17 @@ def gpu(monkeypatch):
     monkeypatch.setattr(mlagen.bench.run, "bench", on_clock)
 
 
+@pytest.mark.host
+@pytest.mark.parametrize("option", ["--no-write-q", "--no-write-kv", "--q-split"])
+def test_other_results_have_no_peers(gpu, option):
+    result = run("bench", *MODEL, "--tokens", "1,5", "--peers", "eager,bmm", option)
+    lines = said(result)
+    assert lines[1].split() == ["tokens", "empty", "stream", "mlagen", "/", "stream"]
+    assert [row.split()[0] for row in lines[2:4]] == ["1", "5"]
+    reason = "it makes one q_out and writes the cache"
+    assert f"left out: eager ({reason}), bmm ({reason})" in lines
+
+
 def said(result: Result, status: int = 0) -> list[str]:
     assert result.status == status, result
     return [each.rstrip() for each in result.out.splitlines()]

@@ -22,6 +22,7 @@ SPECS = {
     "neox-stepwise": small_spec(rope_style="neox", rounding="stepwise", q_dtype="bf16"),
     "fp16": small_spec(dtype="fp16", lora_rank=128, nope_dim=64, kv_dtype="fp16"),
     "absorbed": small_spec(weight="none", rope_style="none"),
+    "split": small_spec(q_split=True, lora_rank=128),
 }
 each_kernel = pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in SPECS for arch in ("gfx942", "gfx950")])
 
@@ -32,15 +33,16 @@ def batch(kernel: Kernel) -> dict[str, Any]:
     return {**arguments, "slot_mapping": torch.arange(TOKENS)}
 
 
-def run(kernel: Kernel, arguments: dict[str, Any], rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q_out, cache entries) of a launch with only the tokens in `rows`, as bytes."""
+def run(kernel: Kernel, arguments: dict[str, Any], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
+    """What is returned, and the cache entries, of a launch with only the tokens in `rows`, as bytes."""
     arguments = dict(arguments)
     for name in ("kv_c", "k_pe", "slot_mapping", "positions"):
         arguments[name] = None if arguments[name] is None else arguments[name][rows]
     arguments["q"] = tuple(part[rows] for part in arguments["q"])
     cache = arguments["kv_cache"] = torch.zeros_like(arguments["kv_cache"])
-    q_out = kernel(**{**arguments, "out": None})
-    return q_out.view(torch.uint8), cache[:, 0][rows].view(torch.uint8)
+    made = kernel(**{**arguments, "out": None})
+    queries = [each.view(torch.uint8) for each in (made if isinstance(made, tuple) else (made,))]
+    return (*queries, cache[:, 0][rows].view(torch.uint8))
 
 
 @each_kernel

@@ -31,6 +31,9 @@ SPECS = {
     "segmented": small_spec(kv_layout="segmented"),
     "KV heads": small_spec(kv_heads=3),
     "fp8_ds_mla": small_spec(kv_layout="fp8_ds_mla", lora_rank=256),
+    "cache only": small_spec(write_q=False),
+    "query only": small_spec(write_kv=False),
+    "split": small_spec(q_split=True),
 }
 
 # Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
@@ -115,6 +118,20 @@ MUTATIONS = (
     Mutation("last row forgotten", "if (row >= uint32_t(args.tokens)) return;", "if (row + 1 >= uint32_t(args.tokens)) return;"),
     Mutation("head stride forgotten", " + head * args.q_pe_head_stride", ""),
     Mutation("piece copied short", "copy<16>(q_out_row", "copy<8>(q_out_row", spec="same"),
+    Mutation(
+        "last entry forgotten", "(row >= uint32_t(args.tokens)) return;", "(row + 1 >= uint32_t(args.tokens)) return;", "cache only"
+    ),
+    Mutation("slot by token without a query", "load_index(args.slot_mapping, token, args.slots_int64)", "token", "cache only"),
+    Mutation("tail guard dropped without a cache", "if (token < args.tokens) quantize", "quantize", "query only"),
+    Mutation(
+        "parts of a split query exchanged", "token * args.ql_nope_out_token_stride", "token * args.q_pe_out_token_stride", "split"
+    ),
+    Mutation(
+        "head stride of a split query",
+        "head * args.ql_nope_out_head_stride",
+        "head * args.q_pe_out_head_stride",
+        "split",
+    ),
     # conversions
     Mutation("saturation dropped", "saturate(x[i] * inverse_scale, limit)", "x[i] * inverse_scale"),
     Mutation("NaN not kept", "x < -limit ? -limit : x > limit ? limit : x", "std::max(-limit, std::min(limit, x))"),

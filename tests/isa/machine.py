@@ -87,7 +87,7 @@ def build(spec: PrologueSpec, arch: str, *, waves_per_workgroup: int = 1, comput
 def run_on_device(pair: Pair, launch: Launch, *, preload: bool = True) -> list[WaveTrace]:
     """Run a launch in the emulator.  The machine code may read rows of inputs, write each byte of the outputs once, and no more."""
     tensors = _tensors(launch.arguments)
-    written = [_whole(tensors.pop(name), "w") for name in ("out", "kv_cache")]
+    written = [_whole(tensors.pop(name), "w") for name in ("out", "out[0]", "out[1]", "kv_cache") if name in tensors]
     read = (*tensors.values(), *pair.device.unit_scales)
     pair.module.memory = [*itertools.chain.from_iterable(map(_rows, read)), *written]
     pair.module.preload = preload
@@ -104,13 +104,16 @@ def run_both(pair: Pair, on_device: Launch, on_host: Launch, *, preload: bool = 
     traces = run_on_device(pair, on_device, preload=preload)
     pair.host(**on_host.arguments)
     differ = int((output_bytes(on_device) != output_bytes(on_host)).sum())
-    for name in ("q_out", "kv_cache"):
-        device, host = (getattr(launch.case, name).tensor for launch in (on_device, on_host))
+    for device, host in zip(_outputs(on_device), _outputs(on_host), strict=True):
         both_nan = device.float().isnan() & host.float().isnan()
-        device, host = (bits(tensor)[both_nan].view(torch.uint8) for tensor in (device, host))
-        differ -= int((device != host).sum())
+        ours, theirs = (bits(tensor)[both_nan].view(torch.uint8) for tensor in (device, host))
+        differ -= int((ours != theirs).sum())
     assert not differ, f"{differ} bytes differ from the host run"
     return traces
+
+
+def _outputs(launch: Launch) -> list[torch.Tensor]:
+    return [guarded.tensor for guarded in (*launch.case.queries, launch.case.kv_cache) if guarded]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,10 @@ SCENARIOS = (
     Scenario("segmented, odd strides, bf16", {**BF16_OUTPUTS, "kv_layout": "segmented", "rope_dim": 10}, work(5, **ODD)),
     Scenario("fp8_ds_mla", {"kv_layout": "fp8_ds_mla"}, work(9)),
     Scenario("fp8_ds_mla, odd strides", {"kv_layout": "fp8_ds_mla", "lora_rank": 128, "rope_dim": 10}, work(5, **ODD)),
+    Scenario("a split query", {"q_split": True}, work(17, **ODD)),
+    Scenario("a split bf16 query", {"q_split": True, "q_dtype": "bf16", "rope_style": "neox", "write_kv": False}, work(5)),
+    Scenario("the cache alone", {"write_q": False}, work(17, **ODD)),
+    Scenario("the query alone", {"write_kv": False, "rope_style": "neox"}, work(5)),
     Scenario("two waves for a workgroup", {"heads": 5}, work(17), build={"waves_per_workgroup": 2}),
     Scenario("all tokens in one workgroup", {}, work(40), build={"compute_units": 1}),
 )

@@ -46,6 +46,14 @@ def test_each_spec_has_one_text_that_gives_it_back():
     specs |= {dataclasses.replace(spec, kv_layout="segmented") for spec in usual}
     scaled = {spec for spec in usual if spec.kv_dtype == "fp8" and (spec.fp8_max is None or spec.q_dtype == "fp8")}
     specs |= {dataclasses.replace(spec, kv_layout="fp8_ds_mla") for spec in scaled if spec.lora_rank % 128 == 0}
+    specs |= {dataclasses.replace(spec, q_split=True) for spec in specs if spec.rope_dim}
+    with_fp8_max = {spec for spec in specs if spec.fp8_max}
+    specs |= {
+        dataclasses.replace(spec, **{part: False})
+        for spec in specs - with_fp8_max
+        if not spec.q_split
+        for part in ("write_q", "write_kv")
+    }
     texts = {ops.spec_to_str(spec): spec for spec in specs}
     assert len(texts) == len(specs)
     assert all(ops.spec_from_str(text) == spec for text, spec in texts.items())
@@ -56,7 +64,7 @@ def test_the_text_is_legible_and_safe_to_quote():
     assert ops.spec_to_str(spec) == (
         "heads=16,nope_dim=128,lora_rank=512,rope_dim=64,rope_style=gptj,"
         "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True,"
-        "kv_heads=1,kv_layout=paged"
+        "compute=a16,q_split=False,write_q=True,write_kv=True,kv_heads=1,kv_layout=paged"
     )
 
 
@@ -97,6 +105,9 @@ del sys.modules["mlagen.ops"]
 importlib.import_module("mlagen.ops")
 gc.collect()
 print(torch.ops.mlagen.decode_prologue.default._schema)
+print(torch.ops.mlagen.decode_prologue_q.default._schema)
+print(torch.ops.mlagen.decode_prologue_pair.default._schema)
+print(torch.ops.mlagen.decode_prologue_kv.default._schema)
 print(torch.ops.mlagen.pack_weights.default._schema)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -107,6 +118,20 @@ print(torch.ops.mlagen.pack_weights.default._schema)
             "mlagen::decode_prologue(Tensor q, Tensor? q_pe, Tensor kv_c, Tensor? k_pe, Tensor? packed, Tensor(a!) kv_cache, "
             "Tensor slot_mapping, Tensor? positions=None, Tensor? cos_sin_cache=None, Tensor? sin=None, Tensor? q_scale=None, "
             'Tensor? k_scale=None, *, str spec, str arch="", int? q_heads=None) -> Tensor'
+        ),
+        (
+            "mlagen::decode_prologue_q(Tensor q, Tensor? q_pe, Tensor? packed, Tensor? positions=None, Tensor? cos_sin_cache=None, "
+            'Tensor? sin=None, Tensor? q_scale=None, *, str spec, str arch="", int? q_heads=None) -> Tensor'
+        ),
+        (
+            "mlagen::decode_prologue_pair(Tensor q, Tensor? q_pe, Tensor? kv_c, Tensor? k_pe, Tensor? packed, "
+            "Tensor(a!)? kv_cache, Tensor? slot_mapping, Tensor? positions=None, Tensor? cos_sin_cache=None, Tensor? sin=None, "
+            'Tensor? q_scale=None, Tensor? k_scale=None, *, str spec, str arch="", int? q_heads=None) -> (Tensor, Tensor)'
+        ),
+        (
+            "mlagen::decode_prologue_kv(Tensor kv_c, Tensor? k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, "
+            "Tensor? positions=None, Tensor? cos_sin_cache=None, Tensor? sin=None, Tensor? k_scale=None, "
+            '*, str spec, str arch="") -> ()'
         ),
         'mlagen::pack_weights(Tensor w_uk, *, str spec, str arch="") -> Tensor',
     ]

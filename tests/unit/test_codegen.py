@@ -63,6 +63,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp8_ds_mla, no rope": {"kv_layout": "fp8_ds_mla", "rope_style": "none", "rope_dim": 0, "q_dtype": "bf16"},
     "segmented, copied": {"kv_layout": "segmented", "kv_dtype": "bf16", "rope_style": "none"},
     "segmented, no rope": {"kv_layout": "segmented", "rope_style": "none", "rope_dim": 0},
+    "split": {"q_split": True},
+    "split, bf16": {"q_split": True, "q_dtype": "bf16", "nope_first": False, "rope_style": "neox"},
+    "split, absorbed, no cache": {"q_split": True, "weight": "none", "write_kv": False},
+    "no query": {"write_q": False},
+    "no query, copied": {"write_q": False, "rope_style": "none", "rope_dim": 0, "kv_dtype": "bf16"},
+    "no cache": {"write_kv": False},
+    "no cache, no rope": {"write_kv": False, "rope_style": "none", "rope_dim": 0},
     "rope first, absorbed": {"nope_first": False, "weight": "none", "rope_style": "neox", "q_dtype": "bf16"},
 }
 

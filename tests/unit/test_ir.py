@@ -268,7 +268,7 @@ NOT_LOWERED = {
     ),
     "scales alone": (scaled(stages=(SCALES, SCALES_WRITE), results=["scales_written"]), "is computed but no result is made of it"),
     "two RoPE styles": (changed(K_ROPE, style="neox"), "it mixes RoPE styles: gptj, neox"),
-    "two queries": (program([*Q_STAGES, dataclasses.replace(Q_OUT, output="again")], ["q_out", "again"]), "one q and one cache"),
+    "two queries": (program([*Q_STAGES, dataclasses.replace(Q_OUT, output="again")], ["q_out", "again"]), "the same rows"),
     "two model types": (program(kv_c=tensor("T", 512, dtype=FP16)), "it mixes model types"),
     "rope of rope": (
         program([ABSORB, Q_ROPE, Rope("turned", "q_rotated", "cos_sin_cache", "positions", "gptj", FP32),

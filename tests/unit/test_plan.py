@@ -186,6 +186,34 @@ def test_threads_do_not_see_each_others_arguments():
         assert_launched(launches[call["q"].data_ptr()], call)
 
 
+class TestParts:
+    """Kernels that leave the query or the cache out: what they do not read is not looked at, and their plans do without it."""
+
+    @pytest.mark.parametrize(
+        ("left_out", "unread"),
+        [("write_q", ("q", "q_scale")), ("write_kv", ("kv_c", "k_pe", "kv_cache", "slot_mapping", "k_scale"))],
+    )
+    def test_each_argument_finds_its_value(self, left_out, unread):
+        kernel, module, _ = make_kernel(spec=replace(SPEC, **{left_out: False}))
+        missing = (*unread, *(("packed", "out") if left_out == "write_q" else ()))
+        for tokens, value in ((3, None), (1, "anything"), (40, None), (3, None)):
+            call = make_call(make_kernel()[0], tokens)
+            given = {**call, **dict.fromkeys(unread, value), **dict.fromkeys(set(missing) - set(unread))}
+            assert kernel(**given) is given["out"]
+            wanted = {name: each for name, each in expected(call).items() if name in module.launches[-1]}
+            assert {name: module.launches[-1][name] for name in wanted} == wanted
+            assert "w_uk" in wanted or "kv_cache" in wanted
+
+    @pytest.mark.parametrize("left_out", ["write_q", "write_kv"])
+    def test_a_call_like_an_earlier_one_is_not_checked_again(self, left_out, checks):
+        kernel, module, _ = make_kernel(spec=replace(SPEC, **{left_out: False}))
+        for tokens in (3, 3, 8, 3, 8):
+            call = make_call(make_kernel()[0], tokens)
+            kernel(**({**call, "packed": None, "out": None} if left_out == "write_q" else call))
+        assert len(checks) == 2
+        assert len(module.launches) == 5
+
+
 def shifted(tensor, elements=1):
     """The same tensor, not aligned."""
     return torch.zeros(tensor.numel() + elements, dtype=tensor.dtype)[elements:].view(tensor.shape)

@@ -54,6 +54,9 @@ def test_what_is_filled_in():
         {"kv_layout": "segmented"},
         {"kv_layout": "segmented", "lora_rank": 16, "rope_dim": 2, "kv_dtype": "bf16"},
         {"kv_layout": "segmented", "rope_dim": 0, "rope_style": "none", "nope_first": False},
+        {"write_q": False, "lora_rank": 16, "rope_dim": 0, "rope_style": "none"},
+        {"write_kv": False, "lora_rank": MAX_LORA_RANK},
+        {"q_split": True, "rope_dim": 2},
     ],
     ids=str,
 )
@@ -117,6 +120,16 @@ REFUSED = [
     ({"kv_layout": "flat"}, "kv_layout='flat'", "paged, segmented, fp8_ds_mla"),
     ({"kv_layout": None}, "kv_layout=None", "paged, segmented"),
     ({"kv_layout": "segmented", "nope_first": False}, "kv_layout='segmented' with nope_first=False", "the latent columns first"),
+    ({"q_split": None}, "q_split=None", "True or False"),
+    ({"q_split": True, "rope_dim": 0, "rope_style": "none"}, "q_split=True with rope_dim=0", "nothing to split"),
+    ({"q_split": True, "write_q": False}, "q_split=True with write_q=False", "no query to split"),
+    ({"write_q": None}, "write_q=None", "True or False"),
+    ({"write_kv": 1}, "write_kv=1", "True or False"),
+    ({"write_q": False, "write_kv": False}, "write_q=False with write_kv=False", "nothing would be written"),
+    ({"write_q": False, "weight": "int4"}, "weight='int4'", "bf16, none"),
+    ({"write_kv": False, "kv_dtype": "e5m2"}, "kv_dtype='e5m2'", "fp8, bf16"),
+    ({"write_q": False, "kv_dtype": "bf16", "fp8_max": 224}, "fp8_max=224", "without an fp8 output"),
+    ({"write_kv": False, "q_dtype": "bf16", "fp8_max": 224}, "fp8_max=224", "without an fp8 output"),
 ]
 
 
@@ -153,6 +166,9 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
+    q_split=field(True, False),
+    write_q=field(True, False),
+    write_kv=field(True, False),
     kv_heads=field(1, 2),
     kv_layout=field("paged", "segmented", "fp8_ds_mla"),
     arch=st.sampled_from(list(TARGETS)),
@@ -178,7 +194,8 @@ def test_a_limit_that_only_one_flavour_has():
 def test_from_model():
     assert PrologueSpec.from_model("deepseek-r1", tp=8) == spec()
     options = {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rounding": "stepwise", "nope_first": False}
-    assert PrologueSpec.from_model("deepseek-r1", tp=8, **options) == spec(**options)
+    for more in ({}, {"write_q": False}, {"write_kv": False}, {"q_split": True}):
+        assert PrologueSpec.from_model("deepseek-r1", tp=8, **options, **more) == spec(**options, **more)
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
     assert PrologueSpec.from_model("deepseek-r1", tp=8, kv_layout="segmented") == spec(kv_layout="segmented")
@@ -232,6 +249,9 @@ def test_without_rope_nothing_of_it_is_left():
         {"kv_layout": "segmented"},
         {"kv_layout": "fp8_ds_mla"},
         {"kv_heads": 2},
+        {"write_q": False},
+        {"write_kv": False},
+        {"q_split": True},
     ],
     ids=str,
 )
@@ -283,6 +303,56 @@ def test_nope_first_is_the_order_of_the_columns(weight, rope_style):
 def test_without_rope_columns_there_is_no_order():
     none = {"rope_dim": 0, "rope_style": "none"}
     assert spec(**none, nope_first=False) == spec(**none)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "meaningless"),
+    [
+        ("write_q", {"weight": "none"}),
+        ("write_q", {"q_dtype": "bf16"}),
+        ("write_kv", {"kv_dtype": "bf16"}),
+    ],
+)
+def test_what_is_left_out_has_no_types(left_out, meaningless):
+    """One kernel for each meaning."""
+    part = {left_out: False}
+    assert spec(**part, **meaningless) == spec(**part)
+    assert spec(**part, **meaningless, fp8_max=224) == spec(**part, fp8_max=224)
+
+
+def test_without_a_cache_a_split_query_has_no_order():
+    assert spec(q_split=True, write_kv=False, nope_first=False) == spec(q_split=True, write_kv=False)
+    assert spec(q_split=True, nope_first=False) != spec(q_split=True)
+
+
+@pytest.mark.parametrize("q_dtype", ["fp8", "bf16"])
+def test_a_split_query_is_two_results(q_dtype):
+    target = find_target("gfx950")
+    split = spec(q_split=True, q_dtype=q_dtype)
+    types = split.program(target).verify()
+    element = target.fp8 if q_dtype == "fp8" else DType.BF16
+    assert split.q_results == ("ql_nope_out", "q_pe_out")
+    assert [(types[name].shape, types[name].dtype) for name in split.q_results] == [
+        (("T", "H", 512), element),
+        (("T", "H", 64), element),
+    ]
+    assert split.program(target).results == ("ql_nope_out", "q_pe_out", "kv_cache_written")
+    segments = {segment.source: segment for segment in generate(split, target).lowered.segments}
+    assert (segments["q_nope"].sink.tensor, segments["q_nope"].column) == ("ql_nope_out", 0)
+    assert (segments["q_pe"].sink.tensor, segments["q_pe"].column) == ("q_pe_out", 0)
+
+
+def test_a_program_without_the_query():
+    program = spec(write_q=False).program(find_target("gfx950"))
+    assert not {"q_nope", "w_uk", "q_pe", "q_scale"} & set(dict(program.inputs))
+    assert program.results == ("kv_cache_written",)
+    assert spec(write_q=False).q_results == ()
+
+
+def test_a_program_without_the_cache():
+    program = spec(write_kv=False).program(find_target("gfx950"))
+    assert not {"kv_c", "k_pe", "k_scale", "slot_mapping", "kv_cache"} & set(dict(program.inputs))
+    assert program.results == spec(write_kv=False).q_results == ("q_out",)
 
 
 def test_the_name_of_the_usual_order_says_nothing_of_it():

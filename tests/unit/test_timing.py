@@ -142,6 +142,34 @@ def test_a_wrong_row_is_not_rounding(oracle):
     assert explained(oracle, right).startswith("kv_cache nope")
 
 
+@pytest.mark.parametrize("left_out", ["write_q", "write_kv"])
+def test_a_part_is_explained_without_the_other(left_out):
+    oracle = Oracle.of(make_workload(small_spec(**{left_out: False}), SM_90, 5, 2, device="cpu"), 1)
+    work = oracle.workload
+    if left_out == "write_q":
+        result, written = None, work.caches[1]
+        written.view(torch.uint8)[work.slot_mapping] = oracle.values["kv_entry"].exact.view(torch.uint8)
+    else:
+        result = written = oracle.values["q_out"].exact.clone()
+    assert (work.out() is None) == (result is None)
+    assert explained(oracle, result) == ""
+    written.view(torch.uint8).fill_(POISON)
+    assert explained(oracle, result)
+
+
+def test_a_pair_is_explained_part_by_part():
+    oracle = Oracle.of(make_workload(small_spec(q_split=True), SM_90, 5, 2, device="cpu"), 1)
+    work = oracle.workload
+    work.caches[1].view(torch.uint8)[work.slot_mapping] = oracle.values["kv_entry"].exact.view(torch.uint8)
+    pair = tuple(oracle.values[name].exact.clone() for name in work.spec.q_results)
+    assert [(each.shape, each.dtype) for each in work.out()] == [(each.shape, each.dtype) for each in pair]
+    assert explained(oracle, pair) == ""
+    for number, name in enumerate(work.spec.q_results):
+        wrong = [*pair]
+        wrong[number] = spoiled(pair[number], (4, 2, 1))
+        assert explained(oracle, tuple(wrong)).startswith(f"{name}: ")
+
+
 def test_what_nobody_wrote_is_wrong(oracle):
     oracle.workload.caches[oracle.layer].view(torch.uint8).fill_(POISON)
     result = oracle.workload.empty(oracle.workload.spec.entry_dim, torch.float8_e4m3fn)
