@@ -218,3 +218,22 @@ def unexplained(actual: torch.Tensor, expected: Bounded) -> int:
     """How many elements lie outside the range; NaN always does."""
     values = actual.double()
     return int((~((values >= expected.low) & (values <= expected.high))).sum())
+
+
+def differences(call: Call, given: Results, expected: dict[str, Bounded]) -> dict[str, int]:
+    """For each result how many elements the model does not explain, where that is any."""
+    slots = call["slot_mapping"].long()
+    kept, zeros = slots >= 0, call["num_decode_toks_for_zeros"]
+    entries = expected["kv_entry"].map(lambda end: end[kept])
+    others = torch.ones(len(given["kv_cache"]), dtype=torch.bool)
+    others[slots[kept]] = False
+    found = {
+        "q_out": unexplained(given["q_out"], expected["q_out"]),
+        "kv_cache": unexplained(given["kv_cache"].double()[slots[kept]], entries),
+        "kv_cache elsewhere": int((given["kv_cache"].double()[others] != 0).sum()),
+        "k_pe_out": unexplained(given["k_pe_out"][kept], expected["k_pe_out"].map(lambda end: end[kept])),
+        "decode_q_pe_out": unexplained(given["decode_q_pe_out"], expected["decode_q_pe_out"]),
+        "q_nope_zeros_out": int((given["q_nope_zeros_out"] != 0).sum()),
+    }
+    assert given["decode_q_pe_out"].shape[0] == given["q_nope_zeros_out"].shape[0] == zeros
+    return {name: count for name, count in found.items() if count}
