@@ -22,14 +22,14 @@ REPOSITORY = Path(__file__).parents[2]
 FILE = "op_tests/test_concat_cache_mla.py"
 
 FEW = ("-t", "4", "-hd", "2")
-"""The smallest of its cases, for the host run: fp8 and bf16, both styles of RoPE, all slots and some of them padded."""
+"""The smallest of its cases, for the host run: fp8 and bf16, both styles of RoPE, one KV head and two, some slots padded."""
 
 
 def run(*options: str, device: str, arch: str, standin: Path = STANDIN) -> subprocess.CompletedProcess[str]:
     """The file as a program of its own, on `device`, in the fp8 of `arch`."""
     path = (str(standin), str(REPOSITORY), os.environ.get("PYTHONPATH"))
     return subprocess.run(
-        [sys.executable, os.path.join(os.environ["AITER_ROOT"], FILE), "-c", "fused_qk", "-nkh", "1", "-dev", device, *options],
+        [sys.executable, os.path.join(os.environ["AITER_ROOT"], FILE), "-c", "fused_qk", "-dev", device, *options],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "AITER_LOG_LEVEL": "WARNING", "GPU_ARCHS": arch},
         capture_output=True,
         text=True,

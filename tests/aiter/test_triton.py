@@ -19,6 +19,7 @@ from aiter_triton_model import (
     interpreter,
     make_call,
     model,
+    stored,
 )
 from helpers import covering
 
@@ -150,8 +151,9 @@ def test_mlagen_beside_the_operator_with_absorb(machine, results):
     """mlagen's results lie where AITER's may; in the latent columns nearly all are the same, so that both quantise alike."""
     equal = total = 0
     for call, given in results(machine, "fp8 bmm beside mlagen"):
-        ours = run_absorb(call, find_machine(machine).device)
-        assert not differences(call, ours, model(call, find_machine(machine))), describe(call)
+        ours, expected = run_absorb(call, find_machine(machine).device), model(call, find_machine(machine))
+        expected |= {name: stored(expected[name], ours[name].dtype) for name in ("k_pe_out", "decode_q_pe_out")}
+        assert not differences(call, ours, expected), describe(call)
         one, other = (each["q_out"][..., : call["w_k"].shape[1]].double() for each in (ours, given))
         equal, total = equal + int((one == other).sum()), total + one.numel()
     assert equal >= 0.99 * total > 0

@@ -8,9 +8,11 @@ import torch
 from aiter_triton_model import MAX_POSITION, SLOTS, Call, differences, gpu, make_call, model, unexplained
 from golden_vectors import FP8_BMM, Vectors, read, same_bits
 from helpers import covering
+from torch._subclasses import FakeTensorMode
 
 from mlagen.errors import ArgumentError
 from mlagen.integrations.aiter import fp8_bmm, fused_fp8_bmm_rope_cat_and_cache_mla
+from mlagen.integrations.aiter.remembered import Remembered
 from mlagen.plan import Plan
 from mlagen.target import TARGETS
 from mlagen.torch_types import torch_dtype
@@ -92,7 +94,7 @@ def golden_call(vectors: Vectors) -> Call:
 
 @pytest.mark.parametrize("path", FP8_BMM, ids=lambda path: path.stem)
 def test_aiters_vectors(path):
-    """ql_nope within 0.5 % of AITER's norm, the copied columns of the cache bit for bit, all else explained by AITER's arithmetic."""
+    """ql_nope within 0.5 % of AITER's norm, the copied columns of the cache bit for bit, all else explained by its arithmetic."""
     vectors = read(path)
     call = golden_call(vectors)
     ours, latent = run(call), vectors["meta"][3]
@@ -394,6 +396,15 @@ def test_weights_made_in_inference_mode(packings):
         first, second = run(call)["q_out"], run(call)["q_out"]
     assert torch.equal(first, second)
     assert len(packings) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_weights_that_are_new_in_a_capture_are_refused(monkeypatch):
+    with FakeTensorMode():
+        weights = torch.empty(4, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ArgumentError, match=r"^w_k: new or changed since .* make a call with it before$"):
+        Remembered().find("w_k", None, (weights,), pytest.fail)
 
 
 def test_whole_tables_changed_in_place_are_seen():
