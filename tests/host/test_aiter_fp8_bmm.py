@@ -10,7 +10,7 @@ from golden_vectors import FP8_BMM, Vectors, read, same_bits
 from helpers import covering
 from torch._subclasses import FakeTensorMode
 
-from mlagen.errors import ArgumentError
+from mlagen.errors import ArgumentError, MissingKernelError
 from mlagen.integrations.aiter import fp8_bmm, fused_fp8_bmm_rope_cat_and_cache_mla
 from mlagen.integrations.aiter.remembered import Remembered
 from mlagen.plan import Plan
@@ -293,6 +293,21 @@ def launches(monkeypatch: pytest.MonkeyPatch, call: Call) -> int:
 )
 def test_how_many_launches_it_is(row, expected, monkeypatch):
     assert launches(monkeypatch, call_of(**row)) == expected
+
+
+def test_a_kernel_that_cannot_be_had_is_found_before_a_launch(monkeypatch):
+    def load(spec, *given, **options):
+        if not spec.write_q:
+            raise MissingKernelError("none")
+        return fp8_bmm_load(spec, *given, **options)
+
+    fp8_bmm_load = fp8_bmm.load
+    monkeypatch.setattr(fp8_bmm, "_KERNELS", {})
+    monkeypatch.setattr(fp8_bmm, "load", load)
+    call = call_of(prefill=2)
+    with pytest.raises(MissingKernelError):
+        run(call)
+    assert not call["kv_cache"].view(torch.uint8).any()
 
 
 # Where AITER's result is a defect

@@ -85,7 +85,9 @@ def fused_fp8_bmm_rope_cat_and_cache_mla(
     must the first call of a kind, which loads kernels.  What is packed, w_k and w_k_scale in as much memory as w_k, is kept for as
     long as the memory of both lives.  Where they were changed in place the next call packs again, into the same memory.  torch does
     not tell of changes made through `.data`, nor of those of tensors made in inference mode.  Tables [max_position, R] are looked
-    at and kept likewise.  On the CPU it runs the program of gfx942 where w_k is e4m3fnuz, else that of gfx950.
+    at and kept likewise.  `mlagen build` makes no kernel for the third result: MLAGEN_JIT=0 needs it in the disk cache.
+
+    On the CPU it runs the program of gfx942 where w_k is e4m3fnuz, else that of gfx950.
 
     q_nope goes through fp8 in groups of 128 columns, as in AITER's kernel, whose ql_nope differs by the order of its sums.  RoPE is
     computed in fp32 and rounded once; AITER rounds its steps to the 16-bit dtype, and then to the output's.  Where AITER's results
@@ -127,12 +129,22 @@ def fused_fp8_bmm_rope_cat_and_cache_mla(
     arch = None
     if q_nope.device.type == "cpu":
         arch = "gfx942" if w_k.dtype is torch.float8_e4m3fnuz else "gfx950"
-    queries = _kernel(
-        q_nope.device, arch, dtype=model, rope_style=style, heads=heads, nope_dim=sizes.nope_dim, lora_rank=sizes.lora_rank,
-        rope_dim=sizes.rope_dim, weight="fp8", compute="a8", kv_heads=sizes.kv_heads,
-        q_dtype=_output_dtype("q_out_dtype", torch.bfloat16 if q_out_dtype is None else q_out_dtype, q_nope.dtype, (w_k.dtype,)),
-        kv_dtype=_output_dtype("kv_cache", kv_cache.dtype, q_nope.dtype, (w_k.dtype, torch.uint8)),
-    )  # fmt: skip
+    zeros, out_dtype = num_decode_toks_for_zeros, torch.bfloat16 if q_out_dtype is None else q_out_dtype
+
+    def kernel(rope_style: str, heads: int, lora_rank: int, **options: Any) -> Kernel:
+        widths = {"heads": heads, "nope_dim": sizes.nope_dim, "lora_rank": lora_rank, "rope_dim": sizes.rope_dim}
+        return _kernel(q_nope.device, arch, **widths, rope_style=rope_style, dtype=model, **options)
+
+    # All that this call needs is loaded before anything is launched.
+    q_dtype = _output_dtype("q_out_dtype", out_dtype, q_nope.dtype, (w_k.dtype,))
+    kv_dtype = _output_dtype("kv_cache", kv_cache.dtype, q_nope.dtype, (w_k.dtype, torch.uint8))
+    query_is, cache_is = {"weight": "fp8", "compute": "a8", "q_dtype": q_dtype}, {"kv_heads": sizes.kv_heads, "kv_dtype": kv_dtype}
+    rotary_is = {"weight": "none", "q_dtype": model, "q_split": True, "write_kv": False}
+    queries = kernel(style, heads, sizes.lora_rank, **query_is, **cache_is)
+    prefill = kernel("none", 1, sizes.lora_rank, **cache_is, write_q=False) if slots > tokens else None
+    key_rotation = kernel(style, sizes.kv_heads, _NARROWEST, **rotary_is)
+    query_rotation = kernel(style, heads, _NARROWEST, **rotary_is) if zeros and out_dtype is not q_nope.dtype else None
+
     (packed,) = _PACKED.find("w_k", queries, (w_k, w_k_scale), lambda: _pack(queries, w_k, w_k_scale))
     tables = _half_tables(table(cos), table(sin), sizes.rope_dim, is_neox=is_neox)
     positions = positions[:tokens]
@@ -146,36 +158,26 @@ def fused_fp8_bmm_rope_cat_and_cache_mla(
         queries, (q_nope.transpose(0, 1), q_pe), _keys(cached_nope, 0, tokens), _keys(cached_rope, 0, tokens), packed, cache,
         slot_mapping if slots >= tokens else pad(slot_mapping, (0, tokens - slots), value=-1), positions, tables, k_scale=scale,
     )  # fmt: skip
-    if slots > tokens:
-        prefilled = _kernel(
-            q_nope.device, arch, dtype=model, rope_style="none", heads=1, nope_dim=sizes.nope_dim, lora_rank=sizes.lora_rank,
-            rope_dim=sizes.rope_dim, kv_heads=sizes.kv_heads, kv_dtype=queries.spec.kv_dtype, write_q=False,
-        )  # fmt: skip
-        _call(
-            prefilled, None, _keys(cached_nope, tokens, slots), _keys(cached_rope, tokens, slots), None, cache,
-            slot_mapping[tokens:], k_scale=scale,
-        )  # fmt: skip
+    if prefill is not None:
+        latent, rotary = (_keys(each, tokens, slots) for each in (cached_nope, cached_rope))
+        _call(prefill, None, latent, rotary, None, cache, slot_mapping[tokens:], k_scale=scale)
 
-    def rotated(x: torch.Tensor, beside: torch.Tensor, out: torch.Tensor) -> None:
-        """x [T,h,R], the first rows' positions, in fp32; `beside` are any elements [T,h,>= 16]."""
-        rotary = _kernel(
-            q_nope.device, arch, dtype=model, rope_style=style, heads=x.shape[1], nope_dim=sizes.nope_dim, lora_rank=_NARROWEST,
-            rope_dim=sizes.rope_dim, weight="none", q_dtype=model, q_split=True, write_kv=False,
-        )  # fmt: skip
+    def rotate(rotation: Kernel, x: torch.Tensor, beside: torch.Tensor, out: torch.Tensor) -> None:
+        """x [T,h,R], at the positions of the first rows; `beside` is anything [T,h,>= 16] of the same dtype."""
         beside = beside[: len(x), :, :_NARROWEST]
-        _call(rotary, (beside, x), None, None, None, None, None, positions[: len(x)], tables, out=(torch.empty_like(beside), out))
+        _call(rotation, (beside, x), None, None, None, None, None, positions[: len(x)], tables, out=(torch.empty_like(beside), out))
 
     k_pe_out = torch.empty_like(k_rope, memory_format=torch.contiguous_format)
-    rotated(k_rope[:tokens], k_nope, k_pe_out[:tokens])
+    rotate(key_rotation, k_rope[:tokens], k_nope, k_pe_out[:tokens])
     if rows > tokens:
         k_pe_out[tokens:] = k_rope[tokens:]
-    zeros = num_decode_toks_for_zeros
     decode_q_pe_out = q_pe.new_empty((zeros, heads, sizes.rope_dim))
-    decode_q_pe_out[tokens:] = 0
-    if zeros and q_out.dtype is q_nope.dtype:
-        decode_q_pe_out[:tokens] = q_out[:zeros, :, sizes.lora_rank :]
+    if zeros > tokens:
+        decode_q_pe_out[tokens:] = 0
+    if query_rotation is not None:
+        rotate(query_rotation, q_pe[:zeros], q_nope.transpose(0, 1), decode_q_pe_out[:tokens])
     elif zeros:
-        rotated(q_pe[:zeros], q_nope.transpose(0, 1), decode_q_pe_out[:tokens])
+        decode_q_pe_out[:tokens] = q_out[:zeros, :, sizes.lora_rank :]
     return q_out, decode_q_pe_out, k_pe_out, q_nope.new_zeros((zeros, heads, sizes.lora_rank))
 
 
