@@ -74,7 +74,7 @@ def sensible(row: Row) -> bool:
     if row["q_form"] == "split" and unsplit:
         return False
     if row["kv_layout"] != "paged":
-        if row["kv_heads"] > 1 or (row["rope_dim"] and not row["nope_first"]):
+        if row["kv_heads"] > 1 or not row["nope_first"]:
             return False
         if row["kv_layout"] == "fp8_ds_mla" and (row["lora_rank"] % 128 or not row["kv_fp8"] or (row["fp8_max"] and not q_fp8)):
             return False

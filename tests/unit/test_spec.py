@@ -126,7 +126,7 @@ REFUSED = [
     ({"write_q": None}, "write_q=None", "True or False"),
     ({"write_kv": 1}, "write_kv=1", "True or False"),
     ({"write_q": False, "write_kv": False}, "write_q=False with write_kv=False", "nothing would be written"),
-    ({"write_q": False, "weight": "int4"}, "weight='int4'", "bf16, none"),
+    ({"write_q": False, "weight": "int4"}, "weight='int4'", "bf16, fp8, fp8-block, mxfp4, none"),
     ({"write_kv": False, "kv_dtype": "e5m2"}, "kv_dtype='e5m2'", "fp8, bf16"),
     ({"write_q": False, "kv_dtype": "bf16", "fp8_max": 224}, "fp8_max=224", "without an fp8 output"),
     ({"write_kv": False, "q_dtype": "bf16", "fp8_max": 224}, "fp8_max=224", "without an fp8 output"),
