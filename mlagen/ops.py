@@ -2,7 +2,7 @@
 
     torch.ops.mlagen.decode_prologue(q, q_pe?, kv_c, k_pe?, packed?, kv_cache, slot_mapping, positions?, cos_sin_cache?, sin?,
                                      q_scale?, k_scale?, *, spec, arch="", q_heads=None) -> q_out
-    torch.ops.mlagen.pack_weights(w_uk, *, spec, arch="") -> packed
+    torch.ops.mlagen.pack_weights(w_uk, scale=None, *, spec, arch="") -> packed
 
 They do what Kernel's methods do, and take the same tensors; a pair is two arguments: q is q_nope where q_pe is given, and
 cos_sin_cache is cos where sin is given.  What a graph adds:
@@ -26,8 +26,8 @@ import torch
 
 from mlagen.arguments import Checker
 from mlagen.codegen import generate
+from mlagen.codes import packed_head_shape
 from mlagen.errors import ArgumentError, SpecError, TargetError
-from mlagen.packing import packed_shape
 from mlagen.runtime import Kernel, device_arch, load
 from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS, Target, find_target
@@ -38,7 +38,7 @@ DECODE_PROLOGUE = (
     "Tensor? positions=None, Tensor? cos_sin_cache=None, Tensor? sin=None, Tensor? q_scale=None, Tensor? k_scale=None, *, "
     'str spec, str arch="", int? q_heads=None) -> Tensor'
 )
-PACK_WEIGHTS = 'pack_weights(Tensor w_uk, *, str spec, str arch="") -> Tensor'
+PACK_WEIGHTS = 'pack_weights(Tensor w_uk, Tensor? scale=None, *, str spec, str arch="") -> Tensor'
 
 MaybeTensor = torch.Tensor | None
 
@@ -122,10 +122,10 @@ def _decode_prologue(
     return q_out
 
 
-def _pack_weights(w_uk: torch.Tensor, *, spec: str, arch: str = "") -> torch.Tensor:
+def _pack_weights(w_uk: torch.Tensor, scale: MaybeTensor = None, *, spec: str, arch: str = "") -> torch.Tensor:
     if torch.is_grad_enabled():
-        _refuse_grad(w_uk, names=("w_uk",))
-    return _kernel(spec, arch, w_uk.device).pack_weights(w_uk)
+        _refuse_grad(w_uk, scale, names=("w_uk", "scale"))
+    return _kernel(spec, arch, w_uk.device).pack_weights(w_uk, scale)
 
 
 _FLOATS = ("q", "q_pe", "kv_c", "k_pe", "packed", "kv_cache", "cos_sin_cache", "sin", "q_scale", "k_scale")
@@ -159,8 +159,9 @@ def _expected(spec: str, arch: str, device: torch.device) -> tuple[Checker, tupl
     """The checks of a kernel's arguments and the shape of a packed head, without loading the kernel."""
     parsed = spec_from_str(spec)
     target = find_target(arch or _arch_of(device))
-    tiles = generate(parsed, target).schedule.absorb
-    return Checker(parsed, target, device), packed_shape(tiles) if tiles else ()
+    generated = generate(parsed, target)
+    tiles = generated.schedule.absorb
+    return Checker(parsed, target, device), packed_head_shape(tiles, generated.codes) if tiles else ()
 
 
 def _arch_of(device: torch.device) -> str:
@@ -198,7 +199,7 @@ def _fake_decode_prologue(
         between = (1,) if wanted.kv_heads == 1 and k_pe is not None and k_pe.dim() == 3 else wanted.kv_inner
         _match(tokens, "k_pe", checker.tensor("k_pe", k_pe, (known, *between, wanted.rope_dim), model))
     if wanted.absorbs:
-        checker.tensor("packed", packed, (heads, *packed_head), model, rows_free=False)
+        checker.packed(packed, packed_head)
     else:
         checker.no_weights(packed)
     if wanted.rope_style != "none":
@@ -241,14 +242,14 @@ def _pin_place(kv_cache: torch.Tensor) -> None:
             int(extent)
 
 
-def _fake_pack_weights(w_uk: torch.Tensor, *, spec: str, arch: str = "") -> torch.Tensor:
+def _fake_pack_weights(w_uk: torch.Tensor, scale: MaybeTensor = None, *, spec: str, arch: str = "") -> torch.Tensor:
     if torch.is_grad_enabled():
-        _refuse_grad(w_uk, names=("w_uk",))
+        _refuse_grad(w_uk, scale, names=("w_uk", "scale"))
     checker, packed_head = _expected(spec, arch, w_uk.device)
     if not checker.spec.absorbs:
         raise ArgumentError("w_uk: this kernel does no absorb (weight='none'), there is nothing to pack")
-    checker.weights(w_uk)
-    return w_uk.new_empty((checker.spec.heads, *packed_head))
+    checker.weight_scale(checker.weights(w_uk), scale)
+    return w_uk.new_empty((checker.spec.heads, *packed_head), dtype=checker.packed_dtype)
 
 
 def _register() -> object:
