@@ -235,7 +235,7 @@ def test_codes_that_are_nan_are_refused():
             _, packed, codes = made(arch, "fp8")
             codes.w_uk.view(torch.uint8)[1, 127, 511] = code
             if refused:
-                with pytest.raises(ArgumentError, match="^w_uk: some of its codes are NaN: mend the checkpoint"):
+                with pytest.raises(ArgumentError, match=r"^w_uk: some of its codes are NaN: mend the checkpoint"):
                     pack_codes(codes, packed)
             else:
                 pack_codes(codes, packed)
@@ -246,7 +246,7 @@ def test_codes_that_are_nan_are_refused():
 def test_scales_that_are_not_finite_are_refused(weight, bad):
     _, packed, codes = made("gfx950", weight)
     codes.scale[(-1,) * codes.scale.dim()] = bad
-    with pytest.raises(ArgumentError, match="^scale: some scales are not finite: mend the checkpoint"):
+    with pytest.raises(ArgumentError, match=r"^scale: some scales are not finite: mend the checkpoint"):
         pack_codes(codes, packed)
 
 

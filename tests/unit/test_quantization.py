@@ -244,7 +244,7 @@ def test_mxfp4_by_hand():
 def test_weights_that_are_not_finite_are_refused(weight, bad):
     w_uk = draw(1, 32, 16)
     w_uk[0, 31, 15] = bad
-    with pytest.raises(ArgumentError, match=f"^w_uk: it has weights that are not finite, which {weight} codes cannot hold"):
+    with pytest.raises(ArgumentError, match=rf"^w_uk: it has weights that are not finite, which {weight} codes cannot hold"):
         quantized(w_uk, weight)
 
 
