@@ -74,7 +74,8 @@ class Amd:
     def a(self, lane: int, register: int) -> tuple[int, int]:
         return lane % 16, lane // 16 * self.held_of_a + register
 
-    b_k = staticmethod(lambda lane, register, held: lane // 16 * held + register)
+    def b_k(self, lane: int, register: int, held: int) -> int:
+        return lane // 16 * held + register
 
     def latent(self, m: int, m_tile: int, m_tiles: int) -> int:
         return m // 4 * 4 * m_tiles + m_tile * 4 + m % 4
