@@ -89,7 +89,7 @@ class Amd:
 
 
 class Nvidia:
-    """mma.m16n8: lane / 4 is a row of A and of D, and a column of B, and lane % 4 a word of k; words of a row 8 below take turns."""
+    """mma.m16n8: lane / 4 is a row of A and of D, and a column of B, lane % 4 a word of k; words of the row 8 below take turns."""
 
     def __init__(self, arch: str, element_bytes: int) -> None:
         self.lanes, self.word = 32, 4 // element_bytes
