@@ -261,8 +261,9 @@ using float32x2 = float __attribute__((ext_vector_type(2)));
 // Two values that bf16 holds exactly, as a word.
 MLAGEN_DEVICE uint32_t exact_word(float32x2 x)
 {
-    const uint32_t first = __builtin_bit_cast(uint32_t, x[0]), second = __builtin_bit_cast(uint32_t, x[1]);
-    return __builtin_amdgcn_perm(second, first, 0x07060302);  // the upper half of each
+    const float first = x[0], second = x[1];  // clang's bit_cast of an element itself takes the first one
+    const uint32_t low = __builtin_bit_cast(uint32_t, first), high = __builtin_bit_cast(uint32_t, second);
+    return __builtin_amdgcn_perm(high, low, 0x07060302);  // the upper half of each
 }
 
 // 8 e2m1 codes and their scale, 2^(exponent - 253), as bf16.  In the middle of fp8's bits a code means itself times 2^-7.

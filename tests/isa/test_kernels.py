@@ -62,6 +62,13 @@ SCENARIOS = (
     Scenario("segmented, odd strides, bf16", {**BF16_OUTPUTS, "kv_layout": "segmented", "rope_dim": 10}, work(5, **ODD)),
     Scenario("fp8_ds_mla", {"kv_layout": "fp8_ds_mla"}, work(9)),
     Scenario("fp8_ds_mla, odd strides", {"kv_layout": "fp8_ds_mla", "lora_rank": 128, "rope_dim": 10}, work(5, **ODD)),
+    Scenario("fp8 weights", {"weight": "fp8", "heads": 2}, work(5)),
+    Scenario("fp8 weights, fp16, padded chunk", {**FP16, "weight": "fp8", "nope_dim": 48, "lora_rank": 256}, work(5, **ODD)),
+    Scenario("fp8-block weights", {"weight": "fp8-block", "nope_dim": 192, "lora_rank": 320}, work(17)),
+    Scenario("mxfp4 weights", {"weight": "mxfp4", "heads": 2}, work(5)),
+    Scenario("mxfp4 weights, bf16 outputs", {**BF16_OUTPUTS, "weight": "mxfp4", "nope_dim": 192, "lora_rank": 320}, work(17)),
+    Scenario("a8", {"weight": "fp8", "compute": "a8", "heads": 2}, work(5)),
+    Scenario("a8, padded chunk, NaN", {"weight": "fp8", "compute": "a8", "nope_dim": 208, "lora_rank": 256}, work(9, special=True)),
     Scenario("two waves for a workgroup", {"heads": 5}, work(17), build={"waves_per_workgroup": 2}),
     Scenario("all tokens in one workgroup", {}, work(40), build={"compute_units": 1}),
 )
