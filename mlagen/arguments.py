@@ -138,10 +138,14 @@ class Checker:
             return found.repeat_interleave(SCALE_BLOCK // step, dim=1)[:, :rows] if rows != whole else found
         return self.tensor("scale", scale, (heads, rows, columns), floats, last_free=True)
 
+    @property
+    def packed_dtype(self) -> torch.dtype:
+        """Of what pack_weights gives."""
+        return torch.uint8 if self.spec.weight in WEIGHT_CODES else self.model
+
     def packed(self, value: object, shape: Sequence[int]) -> torch.Tensor:
         """What pack_weights gives; `shape` is that of one head."""
-        dtype = torch.uint8 if self.spec.weight in WEIGHT_CODES else self.model
-        return self.tensor("packed", value, (self.spec.heads, *shape), (dtype,), rows_free=False)
+        return self.tensor("packed", value, (self.spec.heads, *shape), (self.packed_dtype,), rows_free=False)
 
     def no_weights(self, packed: object) -> None:
         """Nothing, where there is no absorb."""

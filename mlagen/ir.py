@@ -125,6 +125,8 @@ class QAbsorb(Stage):
             self.scale_block(types)
         if self.activation is not None and not (self.activation.is_fp8 and self.activation is w_uk.dtype):
             raise self.reject(f"activation {self.activation} and {self.w_uk} {w_uk}: the product needs one fp8 type")
+        if self.activation is not None and self.w_scale and self.scale_block(types) != (nope, lora):
+            raise self.reject(f"{self.w_scale} is {types[self.w_scale]}: fp8 products have one scale for a head")
         return TensorType((tokens, heads, lora), self.dtype)
 
     def scale_block(self, types: Types) -> tuple[int, int]:

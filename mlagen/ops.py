@@ -8,7 +8,7 @@
                                           sin?, q_scale?, k_scale?, *, spec, arch="", q_heads=None) -> (ql_nope_out, q_pe_out)
     torch.ops.mlagen.decode_prologue_kv(kv_c, k_pe?, kv_cache, slot_mapping, positions?, cos_sin_cache?, sin?, k_scale?, *, spec,
                                         arch="") -> ()
-    torch.ops.mlagen.pack_weights(w_uk, *, spec, arch="") -> packed
+    torch.ops.mlagen.pack_weights(w_uk, scale=None, *, spec, arch="") -> packed
 
 They do what Kernel's methods do, and take the same tensors; a pair is two arguments: q is q_nope where q_pe is given, and
 cos_sin_cache is cos where sin is given.  decode_prologue_q is for a spec with write_kv=False, decode_prologue_kv for one with
@@ -34,8 +34,8 @@ import torch
 
 from mlagen.arguments import Checker
 from mlagen.codegen import generate
+from mlagen.codes import packed_head_shape
 from mlagen.errors import ArgumentError, SpecError, TargetError
-from mlagen.packing import packed_shape
 from mlagen.runtime import Kernel, device_arch, load
 from mlagen.spec import PrologueSpec
 from mlagen.target import TARGETS, find_target
@@ -58,7 +58,7 @@ DECODE_PROLOGUE_KV = (
     "decode_prologue_kv(Tensor kv_c, Tensor? k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor? positions=None, "
     'Tensor? cos_sin_cache=None, Tensor? sin=None, Tensor? k_scale=None, *, str spec, str arch="") -> ()'
 )
-PACK_WEIGHTS = 'pack_weights(Tensor w_uk, *, str spec, str arch="") -> Tensor'
+PACK_WEIGHTS = 'pack_weights(Tensor w_uk, Tensor? scale=None, *, str spec, str arch="") -> Tensor'
 
 MaybeTensor = torch.Tensor | None
 
@@ -231,10 +231,10 @@ def _count_write(kv_cache: torch.Tensor) -> None:
         torch.autograd.graph.increment_version(kv_cache)
 
 
-def _pack_weights(w_uk: torch.Tensor, *, spec: str, arch: str = "") -> torch.Tensor:
+def _pack_weights(w_uk: torch.Tensor, scale: MaybeTensor = None, *, spec: str, arch: str = "") -> torch.Tensor:
     if torch.is_grad_enabled():
-        _refuse_grad(w_uk, names=("w_uk",))
-    return _kernel("pack_weights", spec, arch, w_uk.device).pack_weights(w_uk)
+        _refuse_grad(w_uk, scale, names=("w_uk", "scale"))
+    return _kernel("pack_weights", spec, arch, w_uk.device).pack_weights(w_uk, scale)
 
 
 _FLOATS = ("q", "q_pe", "kv_c", "k_pe", "packed", "kv_cache", "cos_sin_cache", "sin", "q_scale", "k_scale")
@@ -257,8 +257,9 @@ def _expected(operator: str, spec: str, arch: str, device: torch.device) -> tupl
     """The checks of a kernel's arguments and the shape of a packed head, without loading the kernel."""
     parsed = _spec_for(operator, spec)
     target = find_target(arch or _arch_of(device))
-    tiles = generate(parsed, target).schedule.absorb
-    return Checker(parsed, target, device), packed_shape(tiles) if tiles else ()
+    generated = generate(parsed, target)
+    tiles = generated.schedule.absorb
+    return Checker(parsed, target, device), packed_head_shape(tiles, generated.codes) if tiles else ()
 
 
 def _arch_of(device: torch.device) -> str:
@@ -416,14 +417,14 @@ def _pin_place(kv_cache: torch.Tensor) -> None:
             int(extent)
 
 
-def _fake_pack_weights(w_uk: torch.Tensor, *, spec: str, arch: str = "") -> torch.Tensor:
+def _fake_pack_weights(w_uk: torch.Tensor, scale: MaybeTensor = None, *, spec: str, arch: str = "") -> torch.Tensor:
     if torch.is_grad_enabled():
-        _refuse_grad(w_uk, names=("w_uk",))
+        _refuse_grad(w_uk, scale, names=("w_uk", "scale"))
     checker, packed_head = _expected("pack_weights", spec, arch, w_uk.device)
     if not checker.spec.absorbs:
         raise ArgumentError("w_uk: this kernel does no absorb (weight='none'), there is nothing to pack")
-    checker.weights(w_uk)
-    return w_uk.new_empty((checker.spec.heads, *packed_head))
+    checker.weight_scale(checker.weights(w_uk), scale)
+    return w_uk.new_empty((checker.spec.heads, *packed_head), dtype=checker.packed_dtype)
 
 
 def _register() -> object:

@@ -32,6 +32,8 @@ def pack_codes(codes: WeightCodes, packed: PackedCodes) -> torch.Tensor:
     raw = _bytes(codes.w_uk) if packed.code.is_fp8 else _nibbles(codes.w_uk)
     if packed.code.is_fp8 and bool(_is_nan(raw, packed.code).any()):
         raise ArgumentError("w_uk: some of its codes are NaN: mend the checkpoint")
+    if packed.code.is_fp8 and not bool(codes.scale.isfinite().all()):
+        raise ArgumentError("scale: some scales are not finite: mend the checkpoint")
     ordered = _gather(raw, packed.code_index)
     if not packed.code.is_fp8:
         ordered = ordered[:, 0::2] | ordered[:, 1::2] << 4
@@ -76,7 +78,7 @@ def _exponents(raw: torch.Tensor, scale: torch.Tensor, packed: PackedCodes) -> t
     exponents = scale.int()
     largest = torch.where(used, exponents, 0).amax((1, 2))
     placed = torch.where(used, LARGEST_EXPONENT + exponents - largest[:, None, None], LARGEST_EXPONENT)
-    if bool((largest == NAN_EXPONENT).any()):
+    if bool((scale == NAN_EXPONENT).any()):
         raise ArgumentError("scale: some scales are NaN (byte 255): mend the checkpoint")
     if bool((placed < SMALLEST_EXPONENT).any()):
         apart = LARGEST_EXPONENT - SMALLEST_EXPONENT

@@ -42,7 +42,8 @@ def quantize_weights(w_uk: torch.Tensor, spec: PrologueSpec, fp8: torch.dtype) -
 def _per_tensor(w_uk: torch.Tensor, fp8: torch.dtype) -> WeightCodes:
     """One scale for all, computed and applied in the weights' own dtype, as vLLM and SGLang prepare W_K for AITER."""
     largest = torch.finfo(fp8).max
-    factor = largest / w_uk.abs().amax().clamp(min=1e-10)
+    # fp16 holds neither 1e-10 nor the factor of small weights: there it ends at its largest number.
+    factor = (largest / w_uk.abs().amax().clamp(min=1e-10)).clamp(max=torch.finfo(w_uk.dtype).max)
     codes = (w_uk * factor).clamp(-largest, largest).to(fp8)
     return WeightCodes(codes, factor.float().reciprocal().expand(w_uk.shape[0]).contiguous())
 
@@ -75,7 +76,7 @@ def _e2m1(x: torch.Tensor) -> torch.Tensor:
     # Codes are evenly spaced below 2, between 2 and 4, and above: halves, ones and twos.
     halves, ones, twos = (magnitude * 2).round(), magnitude.round() + 2, (magnitude / 2).round() + 4
     code = torch.where(magnitude < 2, halves, torch.where(magnitude < 4, ones, twos)).to(torch.uint8)
-    return code | (x < 0).to(torch.uint8) << 3
+    return code | x.signbit().to(torch.uint8) << 3
 
 
 def split_kv_b_proj(weight: torch.Tensor, scale: torch.Tensor, heads: int, nope_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlagen.models import PRESETS, resolve_model
-from mlagen.spec import PrologueSpec
+from mlagen.spec import WEIGHT_CODES, PrologueSpec
 from mlagen.target import TARGETS, Target, find_target
 
 ARCHS = ("gfx942", "gfx950")
@@ -33,12 +33,17 @@ def request(model: str, tp: int, target: Target, **options: Any) -> Request:
 
 
 def shipped_matrix() -> list[Request]:
-    """Every preset at every TP size that divides its heads, for every target and every query and cache type."""
+    """Every preset at every TP size that divides its heads, for every target and every query and cache type.
+
+    Weights in codes come with what they are deployed with: an fp8 query and an fp8 cache.
+    """
+    outputs = [(None, q, kv) for q in OUTPUT_DTYPES for kv in OUTPUT_DTYPES]
     return [
         request(
             name,
             tp,
             target,
+            weight=weight,
             q_dtype=shape.dtype if q == "model" else q,
             kv_dtype=shape.dtype if kv == "model" else kv,
         )
@@ -46,8 +51,7 @@ def shipped_matrix() -> list[Request]:
         for name, shape in PRESETS.items()
         for tp in TP_SIZES
         if shape.heads % tp == 0
-        for q in OUTPUT_DTYPES
-        for kv in OUTPUT_DTYPES
+        for weight, q, kv in outputs + [(weight, "fp8", "fp8") for weight in WEIGHT_CODES]
     ]
 
 
@@ -64,4 +68,6 @@ def representative() -> list[Request]:
         request("glm-4.7-lite", 1, gfx950),
         request("glm5-next", 8, gfx942, q_dtype="bf16"),
         request("minicpm3", 1, gfx942),
+        request("deepseek-r1", 8, gfx950, weight="fp8"),
+        request("deepseek-r1", 8, gfx942, weight="mxfp4"),
     ]

@@ -7,6 +7,7 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 HIP = sorted((GOLDEN / "aiter_hip").glob("*.npz"))
+FP8_BMM = sorted(GOLDEN.glob("aiter_triton_fp8bmm_*.npz"))
 NO_ABSORB = sorted(GOLDEN.glob("aiter_triton_noabsorb_*.npz"))
 FP8_BMM = sorted(GOLDEN.glob("aiter_triton_fp8bmm_*.npz"))
 

@@ -28,7 +28,7 @@ SPEC_FACTORS = {
     "rope_style": ("none", "gptj", "neox"),
     "arch": ARCHS,
     "dtype": ("bf16", "fp16"),
-    "absorb": (True, False),
+    "weight": ("model", "fp8", "fp8-block", "mxfp4", "none"),
     "q_fp8": (True, False),
     "kv_fp8": (True, False),
     "rounding": ("fused", "stepwise"),
@@ -36,6 +36,7 @@ SPEC_FACTORS = {
     "nope_first": (True, False),
     "kv_heads": (1, 2, 5),
     "kv_layout": ("paged", "segmented", "fp8_ds_mla"),
+    "compute": ("a16", "a8"),
     "results": ("both", "query", "cache"),
     "q_form": ("joined", "split"),
 }
@@ -78,6 +79,12 @@ def sensible(row: Row) -> bool:
             return False
         if row["kv_layout"] == "fp8_ds_mla" and (row["lora_rank"] % 128 or not row["kv_fp8"] or (row["fp8_max"] and not q_fp8)):
             return False
+    if row["compute"] == "a8" and row["weight"] != "fp8":
+        return False
+    if row["weight"] in ("fp8-block", "mxfp4") and row["nope_dim"] % 32:
+        return False
+    if row["weight"] == "mxfp4" and row["dtype"] != "bf16":
+        return False
     return not (rotates and row["rope_dim"] == 0) and not (row["fp8_max"] and not q_fp8 and not kv_fp8)
 
 
@@ -85,13 +92,13 @@ def spec_of(row: Row, heads: int) -> PrologueSpec:
     dtype = row["dtype"]
     return PrologueSpec(
         heads=heads,
-        weight=dtype if row["absorb"] else "none",
+        weight=dtype if row["weight"] == "model" else row["weight"],
         q_dtype="fp8" if row["q_fp8"] else dtype,
         kv_dtype="fp8" if row["kv_fp8"] else dtype,
         q_split=row["q_form"] == "split",
         write_q=row["results"] != "cache",
         write_kv=row["results"] != "query",
-        **{name: row[name] for name in SPEC_FACTORS if name not in ("arch", "absorb", "q_fp8", "kv_fp8", "results", "q_form")},
+        **{name: row[name] for name in SPEC_FACTORS if name not in ("arch", "weight", "q_fp8", "kv_fp8", "results", "q_form")},
     )
 
 
@@ -135,11 +142,13 @@ def kernel_with(spec: PrologueSpec, target: Target, device: torch.device, layout
 def label(row: Row) -> str:
     style = f"{row['rope_style']}{row['rope_dim']}"
     q, kv = ("fp8" if row[name] else "same" for name in ("q_fp8", "kv_fp8"))
-    width = row["nope_dim"] if row["absorb"] else "absorbed"
+    width = row["nope_dim"] if row["weight"] != "none" else "absorbed"
     parts = (row["arch"], row["dtype"], width, row["lora_rank"], style, q, kv, row["rounding"], row["fp8_max"] or "")
     parts += () if row["nope_first"] else ("rope first",)
     parts += () if row["kv_heads"] == 1 else (f"{row['kv_heads']} KV heads",)
     parts += () if row["kv_layout"] == "paged" else (row["kv_layout"],)
     parts += () if row["q_form"] == "joined" else (row["q_form"],)
     parts += () if row["results"] == "both" else (f"{row['results']} only",)
+    parts += () if row["weight"] in ("model", "none") else (row["weight"],)
+    parts += () if row["compute"] == "a16" else (row["compute"],)
     return "-".join(map(str, parts)).rstrip("-")

@@ -23,8 +23,14 @@ SPECS = {
     "fp16": small_spec(dtype="fp16", lora_rank=128, nope_dim=64, kv_dtype="fp16"),
     "absorbed": small_spec(weight="none", rope_style="none"),
     "split": small_spec(q_split=True, lora_rank=128),
+    "fp8 weights": small_spec(weight="fp8", q_dtype="bf16"),
+    "fp8-block": small_spec(weight="fp8-block", nope_dim=192, lora_rank=160),
+    "mxfp4": small_spec(weight="mxfp4", nope_dim=96, q_dtype="bf16"),
+    "a8": small_spec(weight="fp8", compute="a8", nope_dim=208),
 }
-each_kernel = pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in SPECS for arch in ("gfx942", "gfx950")])
+KERNELS = [(name, arch) for name in SPECS for arch in ("gfx942", "gfx950")]
+KERNELS += [(name, "sm_90") for name in ("fp8-block", "mxfp4", "a8")]  # where tokens lie in a lane otherwise
+each_kernel = pytest.mark.parametrize(("name", "arch"), KERNELS)
 
 
 def batch(kernel: Kernel) -> dict[str, Any]:

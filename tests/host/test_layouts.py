@@ -30,6 +30,9 @@ SPECS = {
     "rope first": small_spec(lora_rank=256, nope_dim=64, nope_first=False),
     "rope first, bf16": small_spec(lora_rank=256, rope_dim=6, q_dtype="bf16", nope_first=False),
     "split": small_spec(lora_rank=256, nope_dim=64, q_split=True),
+    "fp8 weights": small_spec(lora_rank=256, nope_dim=80, weight="fp8"),
+    "fp8-block weights": small_spec(lora_rank=256, nope_dim=64, weight="fp8-block", rounding="stepwise"),
+    "mxfp4 weights": small_spec(lora_rank=256, nope_dim=96, weight="mxfp4", q_dtype="bf16"),
     "no rotation": small_spec(lora_rank=256, nope_dim=32, rope_style="none", rope_dim=0),
 }
 

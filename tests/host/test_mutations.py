@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import Launch, Workload, build_kernel, failures, make_launch, small_spec
 
-from mlagen import packing, runtime
+from mlagen import packed_weights, packing
 from mlagen.codegen import MARK, GeneratedKernel, generate, kernel_name, render
 from mlagen.dtypes import DType
 from mlagen.lowering import lower
@@ -34,6 +34,10 @@ SPECS = {
     "cache only": small_spec(write_q=False),
     "query only": small_spec(write_kv=False),
     "split": small_spec(q_split=True),
+    "fp8 weights": small_spec(weight="fp8"),
+    "fp8-block": small_spec(weight="fp8-block", nope_dim=192, lora_rank=160),
+    "mxfp4": small_spec(weight="mxfp4", nope_dim=96),
+    "a8": small_spec(weight="fp8", compute="a8", nope_dim=208),
 }
 
 # Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
@@ -157,6 +161,53 @@ MUTATIONS = (
     Mutation("fragments in another order", "chunk * M_TILES + m) * FRAGMENT", "m * CHUNKS + chunk) * FRAGMENT"),
     Mutation("q beyond P not zeroed", "k < NOPE_DIM ? load_fragment(row + k) : Fragment{}", "load_fragment(row + k)"),
     Mutation("last chunk of q forgotten", "k < NOPE_DIM ?", "k + CHUNK < NOPE_DIM ?", arch="gfx950"),
+    # codes
+    Mutation("codes of the first head", "args.w_uk + head * HEAD_BYTES", "args.w_uk", spec="fp8 weights"),
+    Mutation("codes of the first tile", "(l_tile * LOADS * int32_t(WAVE)", "(0 * LOADS * int32_t(WAVE)", spec="fp8 weights"),
+    Mutation("codes of the next load", "load_weights(packed + i *", "load_weights(packed + (i + 1) % LOADS *", spec="fp8 weights"),
+    Mutation("sums without a scale", " * weight_scale;", ";", spec="fp8 weights"),
+    Mutation(
+        "halves of a fragment swapped",
+        "[word % 4], codes[word / 4][word % 4 + 1]",
+        "[word % 4 + 1], codes[word / 4][word % 4]",
+        spec="fp8 weights",
+    ),
+    Mutation("codes in another order", "CODE_ORDER[] = {0, 1, 2, 3}", "CODE_ORDER[] = {0, 2, 1, 3}", spec="fp8 weights"),
+    Mutation(
+        "codes of the other flavour", "return e4m3_value<8, true>(code)", "return e4m3_value<7, false>(code)", spec="fp8 weights"
+    ),
+    Mutation("scales of the first rows", "scales[block * COLUMN_BLOCKS]", "scales[0]", spec="fp8-block"),
+    Mutation("scales side by side for rows", "scales[block * COLUMN_BLOCKS]", "scales[block]", spec="fp8-block"),
+    Mutation("scales of the first columns", " + l_tile / BLOCK_TILES", "", spec="fp8-block"),
+    Mutation("scales of each tile", " + l_tile / BLOCK_TILES", " + l_tile", spec="fp8-block"),
+    Mutation("blocks summed with one scale", "* weight_scales[block]", "* weight_scales[0]", spec="fp8-block"),
+    Mutation("a block of rows twice", "chunk = block * BLOCK_CHUNKS;", "chunk = 0;", spec="fp8-block"),
+    Mutation("high nibbles first", "{0, 4, 1, 5, 2, 6, 3, 7}", "{4, 0, 5, 1, 6, 2, 7, 3}", spec="mxfp4"),
+    Mutation("nibbles of the other platform", "{0, 4, 1, 5, 2, 6, 3, 7}", "{0, 2, 4, 6, 1, 3, 5, 7}", spec="mxfp4"),
+    Mutation("e2m1 without its sign", "code & 8 ? -magnitude : magnitude", "magnitude", spec="mxfp4"),
+    Mutation("a scale off by one", ") - 253);", ") - 252);", spec="mxfp4"),
+    Mutation(
+        "the scale of the next chunk",
+        "byte = (chunk * M_TILES + m) * ROWS",
+        "byte = ((chunk + 1) % CHUNKS * M_TILES + m) * ROWS",
+        spec="mxfp4",
+    ),
+    Mutation("one scale for both m tiles", "byte = (chunk * M_TILES + m) * ROWS", "byte = chunk * M_TILES * ROWS", spec="mxfp4"),
+    Mutation("one row's scale for both", "* ROWS + row;", "* ROWS;", spec="mxfp4", arch="sm_90"),
+    Mutation("scales of other lanes", "(lane % 16) * (EXPONENT_WORDS * 4)", "(lane / 16) * (EXPONENT_WORDS * 4)", spec="mxfp4"),
+    Mutation("scales of the first tile", " + l_tile * TILE_EXPONENTS", "", spec="mxfp4"),
+    Mutation("the head's factor forgotten", " * weight_scale;", ";", spec="mxfp4"),
+    # activations in fp8
+    Mutation("groups of the whole row", "GROUP_CHUNKS = 2;", "GROUP_CHUNKS = 4;", spec="a8"),
+    Mutation("another group's scale", "* query_scales[group]", "* query_scales[0]", spec="a8"),
+    Mutation("a magnitude of half the lanes", "lane ^ 32)));\n", "lane)));\n", spec="a8"),
+    Mutation("a magnitude of positive values", "x < 0.0f ? -x : x", "x", spec="a8"),
+    Mutation("halves of the query swapped", "q[chunk][word / 2][pair]", "q[chunk][1 - word / 2][pair]", spec="a8"),
+    Mutation("no scale of the query", "part[m][i] * query_scales[group]", "part[m][i]", spec="a8"),
+    Mutation("the scale of the first lanes", "(lane % 4 * 2 + column) * 4", "column * 4", spec="a8", arch="sm_90"),
+    Mutation("the scale of another lane", "(lane % 4 * 2 + column) * 4", "lane % 4 * 2 + column", spec="a8", arch="sm_90"),
+    Mutation("both tokens with one scale", "token_scales[i % 2]", "token_scales[0]", spec="a8", arch="sm_90"),
+    Mutation("the tile before it is read", "quantize_query(arriving, q, query_scales);\n", "", spec="a8"),
     Mutation("all token tiles are the first", "token = tile * TOKEN_TILE + lane % 16", "token = lane % 16"),
 )
 
@@ -209,7 +260,7 @@ def test_a_permuted_packing_shows(first, second, monkeypatch):
 
     kernel = load(SPECS["gptj"], "cpu", arch="gfx942")
     assert not is_wrong(kernel)
-    monkeypatch.setattr(runtime, "packing_index", permuted)
+    monkeypatch.setattr(packed_weights, "packing_index", permuted)
     assert is_wrong(kernel)
 
 

@@ -68,6 +68,12 @@ def test_the_sweep_covers_every_pair(factors, rows, allowed):
             wanted -= {(False, "fp8_ds_mla")}
         if allowed and two == "q_form":
             wanted -= {"rope_dim": {(0, "split")}, "results": {("cache", "split")}}.get(one, set())
+        if allowed and (one, two) == ("weight", "compute"):
+            wanted -= {(weight, "a8") for weight in factors[one] if weight != "fp8"}
+        if allowed and (one, two) == ("nope_dim", "weight"):
+            wanted -= {(width, weight) for width in factors[one] if width % 32 for weight in ("fp8-block", "mxfp4")}
+        if allowed and (one, two) == ("dtype", "weight"):
+            wanted -= {("fp16", "mxfp4")}
         assert covered == wanted, (one, two)
     assert all(HANDS), "a spec without a launch"
 

@@ -46,6 +46,9 @@ IEEE_MODE = 0xF0
 MODE, FP16_OVFL = 1, 1 << 23
 """The hardware register MODE, and its bit that makes fp8 conversions saturate."""
 
+SDWA_WORD_0, SDWA_WORD_1, SDWA_DWORD = 4, 5, 6
+"""Which part of a register an instruction with sub-dword addressing reads or writes."""
+
 PRELOAD_ENTRY_BYTES = 256
 """Where firmware that preloads arguments enters a kernel: behind the instructions that load them for firmware that does not."""
 
@@ -326,7 +329,11 @@ def _own_handler(instruction: Instruction, arch: str) -> Handler | None:
     elif encoding == "SMEM" and (access := re.fullmatch(r"S_LOAD_DWORD(?:X(\d+))?", name)) and instruction["imm"]:
         handler = partial(_scalar_load, instruction, int(access[1] or 1))
     elif matrix := re.fullmatch(r"V_MFMA_F32_16X16X(\d+)_(B?F16)", name):
-        handler = partial(_matrix, instruction, int(matrix[1]), _widen_bf16 if matrix[2] == "BF16" else _widen_fp16)
+        handler = partial(_matrix, instruction, int(matrix[1]), 2, _widen_bf16 if matrix[2] == "BF16" else _widen_fp16)
+    elif matrix := re.fullmatch(r"V_MFMA_F32_16X16X(\d+)_FP8_FP8", name):
+        handler = partial(_matrix, instruction, int(matrix[1]), 1, _FP8_FLAVOURS[arch].decode)
+    elif name.startswith("V_CVT_PK_F32_FP8"):
+        handler = partial(_convert_from_fp8, instruction, _FP8_FLAVOURS[arch])
     elif name == "V_CVT_PK_FP8_F32":
         handler = partial(_convert_to_fp8, instruction, _FP8_FLAVOURS[arch])
     elif name == "V_CVT_PK_BF16_F32":
@@ -459,19 +466,19 @@ def _widen_fp16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return bits.view(np.float16).astype(np.float32)
 
 
-def _matrix(instruction: Instruction, k: int, widen: Callable[..., npt.NDArray[np.float32]], wave: Wave) -> None:
+def _matrix(instruction: Instruction, k: int, size: int, widen: Callable[..., npt.NDArray[np.float32]], wave: Wave) -> None:
     """D[m,n] = sum over k of A[m,k] * B[k,n] + C[m,n], with the register layout of the CDNA3 and CDNA4 ISA documents.
 
     Lane i holds A[i % 16, :] and B[:, i % 16] for the k/4 values of k from i / 16 * k/4 on, and rows i / 16 * 4 to + 3 of column
-    i % 16 of C and D.
+    i % 16 of C and D.  A and B have elements of `size` bytes.
     """
 
     def operand(number: int) -> npt.NDArray[np.float32]:
         at = instruction[f"src{number}"] - 256
         if at < 0:
             raise EmulationError(f"{instruction.name.lower()}: src{number} is not a vector register")
-        words = wave.file(instruction["acc"] >> number & 1)[at : at + k // 8]
-        return widen(np.ascontiguousarray(words.T).view(np.uint16)).reshape(4, 16, k // 4).transpose(1, 0, 2).reshape(16, k)
+        words = wave.file(instruction["acc"] >> number & 1)[at : at + k * size // 16]
+        return widen(np.ascontiguousarray(words.T).view(f"u{size}")).reshape(4, 16, k // 4).transpose(1, 0, 2).reshape(16, k)
 
     if instruction["cbsz"] or instruction["abid"] or instruction["blgp"]:
         raise EmulationError(f"{instruction.name.lower()}: operand broadcast is not modelled")
@@ -512,6 +519,14 @@ class _Fp8Flavour:
             code |= sign
         return code.astype(np.uint32)
 
+    def decode(self, codes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """What codes mean; all are normal numbers of fp32."""
+        codes = codes.astype(np.int64)
+        exponent, mantissa = codes >> 3 & 15, codes & 7
+        magnitude = np.ldexp(np.where(exponent > 0, 8 + mantissa, mantissa), np.maximum(exponent, 1) - self.bias - 3)
+        value = np.where(codes & 0x80, -magnitude, magnitude)
+        return np.where(codes & (0xFF if self.fnuz else 0x7F) == self.nan, np.nan, value).astype(np.float32)
+
 
 _FP8_FLAVOURS = {
     "gfx942": _Fp8Flavour(bias=8, nan=0x80, largest=0x7F, fnuz=True),
@@ -539,6 +554,24 @@ def _convert_to_fp8(instruction: Instruction, flavour: _Fp8Flavour, wave: Wave) 
     shift = 16 if instruction["opsel"] >> 3 & 1 else 0
     target = wave.vectors[instruction["vdst"]]
     target[lanes] = target[lanes] & np.uint32(0xFFFF0000 >> shift) | (first | second << np.uint32(8)) << np.uint32(shift)
+
+
+def _convert_from_fp8(instruction: Instruction, flavour: _Fp8Flavour, wave: Wave) -> None:
+    """Two codes of one half of the source, which SDWA selects, to fp32."""
+    lanes, shift = wave.active(), 0
+    if instruction.format == "VOP1_SDWA":
+        selected = instruction["src0_sel"]
+        changed = [field for field in ("omod", "clmp", "src0_neg", "src0_abs", "src0_sext", "s0") if instruction[field]]
+        if changed or selected not in (SDWA_WORD_0, SDWA_WORD_1, SDWA_DWORD) or instruction["dst_sel"] != SDWA_DWORD:
+            raise EmulationError(f"{instruction.name.lower()}: these modifiers are not modelled")
+        bits, shift = wave.vectors[instruction["vsrc0"]], 16 if selected == SDWA_WORD_1 else 0
+    elif instruction.format == "VOP1":
+        bits = wave.source(instruction["src0"])
+    else:
+        raise EmulationError(f"{instruction.name.lower()}: {instruction.format} is not modelled")
+    codes = bits[lanes] >> np.uint32(shift)
+    for number in (0, 1):
+        wave.vectors[instruction["vdst"] + number, lanes] = flavour.decode(codes >> np.uint32(8 * number) & 0xFF).view(np.uint32)
 
 
 def _convert_to_bf16(instruction: Instruction, wave: Wave) -> None:

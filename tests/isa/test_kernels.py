@@ -66,6 +66,13 @@ SCENARIOS = (
     Scenario("a split bf16 query", {"q_split": True, "q_dtype": "bf16", "rope_style": "neox", "write_kv": False}, work(5)),
     Scenario("the cache alone", {"write_q": False}, work(17, **ODD)),
     Scenario("the query alone", {"write_kv": False, "rope_style": "neox"}, work(5)),
+    Scenario("fp8 weights", {"weight": "fp8", "heads": 2}, work(5)),
+    Scenario("fp8 weights, fp16, padded chunk", {**FP16, "weight": "fp8", "nope_dim": 48, "lora_rank": 256}, work(5, **ODD)),
+    Scenario("fp8-block weights", {"weight": "fp8-block", "nope_dim": 192, "lora_rank": 320}, work(17)),
+    Scenario("mxfp4 weights", {"weight": "mxfp4", "heads": 2}, work(5)),
+    Scenario("mxfp4 weights, bf16 outputs", {**BF16_OUTPUTS, "weight": "mxfp4", "nope_dim": 192, "lora_rank": 320}, work(17)),
+    Scenario("a8", {"weight": "fp8", "compute": "a8", "heads": 2}, work(5)),
+    Scenario("a8, padded chunk, NaN", {"weight": "fp8", "compute": "a8", "nope_dim": 208, "lora_rank": 256}, work(9, special=True)),
     Scenario("two waves for a workgroup", {"heads": 5}, work(17), build={"waves_per_workgroup": 2}),
     Scenario("all tokens in one workgroup", {}, work(40), build={"compute_units": 1}),
 )

@@ -28,6 +28,10 @@ SETUPS = {
     "segmented": ("gfx942", PrologueSpec(**SMALL, kv_layout="segmented")),
     "fp8_ds_mla": ("gfx950", PrologueSpec(**{**SMALL, "lora_rank": 128}, kv_layout="fp8_ds_mla")),
     "KV heads": ("gfx942", PrologueSpec(**SMALL, kv_heads=2)),
+    "fp8 weights": ("gfx942", PrologueSpec(**SMALL, weight="fp8")),
+    "fp8-block weights": ("gfx950", PrologueSpec(**{**SMALL, "nope_dim": 64, "lora_rank": 160}, weight="fp8-block")),
+    "mxfp4 weights": ("sm_90", PrologueSpec(**SMALL, weight="mxfp4", q_dtype="bf16")),
+    "a8": ("gfx950", PrologueSpec(**SMALL, weight="fp8", compute="a8")),
     "absorbed": ("sm_90", PrologueSpec(**SMALL, dtype="fp16", weight="none", q_dtype="fp16")),  # with an fp8 cache
 }
 
@@ -100,8 +104,9 @@ def setup_of() -> Callable[[str], Setup]:
     def get(name: str) -> Setup:
         arch, spec = SETUPS[name]
         kernel = mlagen.load(spec, "cpu", arch=arch)
-        w_uk = make_case(spec, kernel.target, 0).inputs.get("w_uk")
-        return Setup(kernel, {"spec": ops.spec_to_str(spec), "arch": arch}, None if w_uk is None else kernel.pack_weights(w_uk))
+        inputs = make_case(spec, kernel.target, 0).inputs
+        packed = kernel.pack_weights(inputs["w_uk"], inputs.get("w_scale")) if spec.absorbs else None
+        return Setup(kernel, {"spec": ops.spec_to_str(spec), "arch": arch}, packed)
 
     return get
 

@@ -10,9 +10,12 @@ import torch._functorch.config
 import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from mlagen.verify import make_case
+
 pytestmark = pytest.mark.host
 
 OP = torch.ops.mlagen.decode_prologue.default
+PACK = torch.ops.mlagen.pack_weights.default
 CACHE, SLOTS = 5, 6  # the places of kv_cache and slot_mapping among the tensors
 ROWS = (0, 1, 2, 3, 6, 7)  # the places of those that have a row for each token
 
@@ -190,3 +193,44 @@ def test_export(setup_of, stored):
         for tokens in (2, 5, 17, 65):
             tensors = setup.tensors(tokens, pair=True, as_uint8=True)
             setup.assert_as_kernel(tensors, each.module()(*tensors))
+
+
+class Packing(torch.nn.Module):
+    """A load step: as it was written before operators took scales, or with them."""
+
+    def __init__(self, setup):
+        super().__init__()
+        self.options = setup.options
+
+    def forward(self, *weights):
+        return PACK(*weights, **self.options)
+
+
+@pytest.mark.parametrize("name", ["bf16-neox", "mxfp4 weights"])
+def test_export_of_packing(setup_of, name):
+    """Without and with scales, stored and read again: codes of e2m1 are bytes, which torch 2.6 can store."""
+    setup = setup_of(name)
+    inputs = make_case(setup.spec, setup.kernel.target, 0).inputs
+    weights = (inputs["w_uk"], inputs["w_scale"]) if "w_scale" in inputs else (inputs["w_uk"],)
+    program = torch.export.export(Packing(setup), weights)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    read = torch.export.load(file)
+    (call,) = (node for node in read.graph.nodes if node.target is PACK)
+    assert len(call.args) == len(weights)
+    assert torch.equal(read.module()(*weights), setup.packed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["fp8 weights", "fp8-block weights", "mxfp4 weights", "a8"])
+def test_weights_in_codes_compile(setup_of, name, backend):
+    setup = setup_of(name)
+    run, counter = compiled(step(setup), backend)
+    for tokens in (5, 7, 17):
+        tensors = setup.tensors(tokens, pair=True)
+        if tokens == 5:
+            for place in ROWS:
+                torch._dynamo.mark_dynamic(tensors[place], 0)
+        assert_step(setup, tensors, run(*tensors))
+    assert counter.frame_count == 1

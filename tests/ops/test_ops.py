@@ -13,6 +13,7 @@ from mlagen import ops
 from mlagen.errors import ArgumentError, SpecError, TargetError
 from mlagen.shipped import shipped_matrix
 from mlagen.spec import PrologueSpec
+from mlagen.verify import make_case
 
 OP = torch.ops.mlagen.decode_prologue.default
 PACK = torch.ops.mlagen.pack_weights.default
@@ -41,6 +42,7 @@ def test_each_spec_has_one_text_that_gives_it_back():
     specs |= {dataclasses.replace(spec, rounding="stepwise") for spec in specs}
     specs |= {dataclasses.replace(spec, fp8_max=224) for spec in specs if "fp8" in (spec.q_dtype, spec.kv_dtype)}
     specs |= {dataclasses.replace(spec, nope_first=False) for spec in specs}
+    specs |= {dataclasses.replace(spec, weight="fp8", compute=compute) for spec in specs for compute in ("a16", "a8")}
     specs |= {dataclasses.replace(spec, kv_heads=2) for spec in specs}
     usual = {spec for spec in specs if spec.nope_first and spec.kv_heads == 1}
     specs |= {dataclasses.replace(spec, kv_layout="segmented") for spec in usual}
@@ -133,7 +135,7 @@ print(torch.ops.mlagen.pack_weights.default._schema)
             "Tensor? positions=None, Tensor? cos_sin_cache=None, Tensor? sin=None, Tensor? k_scale=None, "
             '*, str spec, str arch="") -> ()'
         ),
-        'mlagen::pack_weights(Tensor w_uk, *, str spec, str arch="") -> Tensor',
+        'mlagen::pack_weights(Tensor w_uk, Tensor? scale=None, *, str spec, str arch="") -> Tensor',
     ]
 
 
@@ -197,6 +199,59 @@ def test_pack_weights(setup):
     assert torch.equal(packed, setup.kernel.pack_weights(w_uk))
     assert looks(packed) == looks(fake(PACK)(w_uk, **setup.options))
     torch.library.opcheck(PACK, (w_uk,), setup.options, test_utils=EVERY_CHECK)
+
+
+CODED = ("fp8 weights", "fp8-block weights", "mxfp4 weights", "a8")
+
+
+@host
+@pytest.mark.parametrize("name", CODED)
+def test_pack_weights_of_codes(setup_of, name):
+    """Codes with their scales, as the kernel packs them, with and without data."""
+    setup = setup_of(name)
+    inputs = make_case(setup.spec, setup.kernel.target, 0, seed=2).inputs
+    codes, scale = inputs["w_uk"], inputs["w_scale"]
+    packed = PACK(codes, scale, **setup.options)
+    assert torch.equal(packed, setup.kernel.pack_weights(codes, scale))
+    assert looks(packed) == looks(fake(PACK)(codes, scale, **setup.options))
+    checks = EVERY_CHECK if codes.dtype is torch.uint8 else EVERY_CHECK_WITH_FP8
+    torch.library.opcheck(PACK, (codes, scale), setup.options, test_utils=checks)
+
+
+@host
+@pytest.mark.parametrize("name", CODED)
+def test_wrong_codes_are_named_with_and_without_data(setup_of, name):
+    setup = setup_of(name)
+    inputs = make_case(setup.spec, setup.kernel.target, 0).inputs
+    codes, scale = inputs["w_uk"], inputs["w_scale"]
+    w_uk = torch.zeros(3, setup.spec.nope_dim, setup.spec.lora_rank, dtype=torch.bfloat16)
+    for arguments, message in (
+        ((codes,), "scale: got NoneType, expected a tensor"),
+        ((codes, scale[:2]), "scale: shape [2"),
+        ((codes, scale.to(torch.float64)), "scale: dtype float64"),
+        ((codes[:2], scale), "w_uk: [2, "),
+        ((codes.view(torch.int8), scale), "w_uk: "),
+        ((w_uk, scale), "scale: w_uk is bfloat16 and has none"),
+    ):
+        said = []
+        for op in (PACK, fake(PACK)):
+            with pytest.raises(ArgumentError) as caught:
+                op(*arguments, **setup.options)
+            said.append(str(caught.value))
+        assert said[0].startswith(message)
+        assert said[0] == said[1]
+
+
+@host
+def test_packed_weights_of_the_other_kind_are_named_with_and_without_data(setup_of):
+    """Codes for a kernel that wants them, elements for one that does not; neither takes the other's bytes."""
+    for name, other in (("fp8 weights", torch.bfloat16), ("fp8", torch.uint8)):
+        setup = setup_of(name)
+        tensors = list(setup.tensors(5))
+        tensors[4] = torch.zeros(tensors[4].shape, dtype=other)
+        for op in (OP, fake(OP)):
+            with pytest.raises(ArgumentError, match=r"^packed: dtype"):
+                op(*tensors, **setup.options)
 
 
 @host

@@ -13,6 +13,7 @@ from mlagen.spec import PrologueSpec
 from mlagen.target import find_target
 
 BF16, FP16, FP32, FN, I64 = DType.BF16, DType.FP16, DType.FP32, DType.E4M3FN, DType.INT64
+E2M1, E8M0 = DType.E2M1, DType.E8M0
 
 INPUTS = {
     "q_nope": TensorType(("T", "H", 128), BF16),
@@ -67,6 +68,41 @@ def scaled(*changes: Any, stages: Any = SCALED, results: Any = ("codes_written",
     for stage in changes:
         stages = with_stage(stage, stages)
     return program(stages, results, **{"kv_cache": BYTES, **inputs})
+
+
+CODED = dataclasses.replace(ABSORB, w_scale="w_scale")
+
+
+def coded(stage: Any = CODED, **inputs: Any) -> Program:
+    """W_UK in codes, fp8 with a scale for each head but for what `inputs` says."""
+    scale = inputs.pop("w_scale", TensorType(("H",), FP32))
+    made = program(with_stage(stage), **{"w_uk": TensorType(("H", 128, 512), FN), **inputs})
+    return made if stage.w_scale is None else dataclasses.replace(made, inputs=(*made.inputs, ("w_scale", scale)))
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "block"),
+    [
+        (TensorType(("H", 128, 512), FN), TensorType(("H",), FP32), (128, 512)),
+        (TensorType(("H", 128, 512), FN), TensorType(("H", 1, 4), FP32), (128, 128)),
+        (TensorType(("H", 128, 80), FN), TensorType(("H", 1, 1), FP32), (128, 128)),
+        (TensorType(("H", 192, 576), FN), TensorType(("H", 3, 5), FP32), (64, 128)),
+        (TensorType(("H", 128, 512), E2M1), TensorType(("H", 4, 512), E8M0), (32, 1)),
+    ],
+    ids=str,
+)
+def test_blocks_of_codes(weight, scale, block):
+    types = {"q_nope": TensorType(("T", "H", weight.shape[1]), BF16), "w_uk": weight, "w_scale": scale}
+    assert CODED.scale_block(types) == block
+    assert CODED.infer(types) == TensorType(("T", "H", weight.shape[2]), FP32)
+
+
+def test_a_program_shows_what_is_rounded_to_fp8():
+    line = "ql_nope = q_absorb(q_nope, w_uk, w_scale, activation=fp8_e4m3fn) : fp32[T, H, 512]"
+    shown = str(coded(dataclasses.replace(CODED, activation=FN)))
+    assert line in " ".join(shown.split())
+    assert lower(coded()).operand_dtype is BF16
+    assert lower(coded(dataclasses.replace(CODED, activation=FN))).operand_dtype is FN
 
 
 def test_types_of_codes_with_scales_of_their_own():
@@ -197,6 +233,62 @@ REJECTED = {
     "a divisor of zero": (scaled(dataclasses.replace(SCALES, divisor=0.0)), "GroupScale 'scales'", "divisor=0.0"),
     "a least scale of 1e-4": (scaled(dataclasses.replace(SCALES, least=1e-4)), "GroupScale 'scales'", "least=0.0001"),
     "scales of codes": (scaled(kv_c=tensor("T", 512, dtype=FN)), "GroupScale 'scales'", "it comes before Quantize"),
+    # QAbsorb of codes
+    "codes without a scale": (coded(ABSORB), "QAbsorb 'ql_nope'", "the product needs one type"),
+    "elements with a scale": (coded(w_uk=tensor("H", 128, 512)), "QAbsorb 'ql_nope'", "no scale for w_uk bf16[H, 128, 512]"),
+    "a scale for each column": (coded(w_scale=tensor("H", 512, dtype=FP32)), "QAbsorb 'ql_nope'", "is no scale for w_uk"),
+    "a scale for all": (coded(w_scale=tensor(dtype=FP32)), "QAbsorb 'ql_nope'", "w_scale is fp32[], which is no scale"),
+    "scales of another type": (coded(w_scale=tensor("H", dtype=BF16)), "QAbsorb 'ql_nope'", "w_scale is bf16[H]"),
+    "scales of tokens": (coded(w_scale=tensor("T", dtype=FP32)), "QAbsorb 'ql_nope'", "w_scale is fp32[T]"),
+    "too few blocks": (coded(w_scale=tensor("H", 1, 3, dtype=FP32)), "QAbsorb 'ql_nope'", "w_scale is fp32[H, 1, 3]"),
+    "blocks of 16 rows": (coded(w_scale=tensor("H", 8, 4, dtype=FP32)), "QAbsorb 'ql_nope'", "w_scale is fp32[H, 8, 4]"),
+    "blocks of bytes": (coded(w_scale=tensor("H", 1, 4, dtype=E8M0)), "QAbsorb 'ql_nope'", "w_scale is e8m0[H, 1, 4]"),
+    "e2m1 with one scale": (coded(w_uk=tensor("H", 128, 512, dtype=E2M1)), "QAbsorb 'ql_nope'", "no scale for w_uk fp4_e2m1"),
+    "e2m1 with fp32 scales": (
+        coded(w_uk=tensor("H", 128, 512, dtype=E2M1), w_scale=tensor("H", 4, 512, dtype=FP32)),
+        "QAbsorb 'ql_nope'",
+        "w_scale is fp32[H, 4, 512]",
+    ),
+    "e2m1 in groups of 64": (
+        coded(w_uk=tensor("H", 128, 512, dtype=E2M1), w_scale=tensor("H", 2, 512, dtype=E8M0)),
+        "QAbsorb 'ql_nope'",
+        "w_scale is e8m0[H, 2, 512]",
+    ),
+    "e2m1 with a half group": (
+        coded(q_nope=tensor("T", "H", 48), w_uk=tensor("H", 48, 512, dtype=E2M1), w_scale=tensor("H", 1, 512, dtype=E8M0)),
+        "QAbsorb 'ql_nope'",
+        "w_scale is e8m0[H, 1, 512]",
+    ),
+    "codes of unknown width": (
+        coded(q_nope=tensor("T", "H", "P"), w_uk=tensor("H", "P", 512, dtype=FN)),
+        "QAbsorb 'ql_nope'",
+        "codes need known widths",
+    ),
+    "fp8 products of elements": (changed(ABSORB, activation=FN), "QAbsorb 'ql_nope'", "the product needs one fp8 type"),
+    "fp8 products of another flavour": (
+        coded(dataclasses.replace(CODED, activation=DType.E4M3FNUZ)),
+        "QAbsorb 'ql_nope'",
+        "activation fp8_e4m3fnuz and w_uk fp8_e4m3fn",
+    ),
+    "fp8 products of e2m1": (
+        coded(
+            dataclasses.replace(CODED, activation=FN),
+            w_uk=tensor("H", 128, 512, dtype=E2M1),
+            w_scale=tensor("H", 4, 512, dtype=E8M0),
+        ),
+        "QAbsorb 'ql_nope'",
+        "the product needs one fp8 type",
+    ),
+    "products of bf16 codes": (
+        coded(dataclasses.replace(CODED, activation=BF16)),
+        "QAbsorb 'ql_nope'",
+        "the product needs one fp8 type",
+    ),
+    "fp8 products with blocks": (
+        coded(dataclasses.replace(CODED, activation=FN), w_scale=tensor("H", 1, 4, dtype=FP32)),
+        "QAbsorb 'ql_nope'",
+        "fp8 products have one scale for a head",
+    ),
     # CacheWrite
     "bytes beyond the entry": (scaled(dataclasses.replace(SCALES_WRITE, column=644)), "CacheWrite 'scales_written'", "from 644 on"),
     "scales off their alignment": (

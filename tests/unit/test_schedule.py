@@ -323,6 +323,31 @@ def test_a_schedule_that_does_not_fit_is_refused(options):
         choose_schedule(lowered_of("gfx942"), find_target("gfx942"), **options)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": "fp8", "compute": "a8"}, "block=16: the query in shared memory is bf16, not fp8_e4m3fn"),
+        (
+            {"weight": "fp8-block", "nope_dim": 192},
+            "block=16: products from shared memory are whole sums, these have 64 rows to a scale",
+        ),
+        ({"weight": "fp8-block", "nope_dim": 256, "lora_rank": 64}, "these have 128 rows to a scale"),
+    ],
+)
+def test_codes_whose_product_is_no_whole_sum_are_not_staged(changes, message):
+    with pytest.raises(ScheduleError) as caught:
+        choose_schedule(lowered_of("sm_90", **changes), find_target("sm_90"), waves_per_workgroup=4, block=16)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"weight": "fp8"}, {"weight": "fp8-block"}, {"weight": "mxfp4", "nope_dim": 192}], ids=str)
+def test_codes_with_whole_sums_are_staged(changes):
+    lowered, target = lowered_of("sm_90", **changes), find_target("sm_90")
+    schedule = choose_schedule(lowered, target, waves_per_workgroup=4, block=16)
+    assert schedule.staging is not None
+    assert schedule.absorb.m_tiles == 1, "a wave converts no more than it must"
+
+
 def test_a_workgroup_has_so_many_lanes():
     lowered = lowered_of("gfx950", nope_dim=16, lora_rank=2048)
     assert choose_schedule(lowered, find_target("gfx950"), waves_per_workgroup=16).threads == 1024

@@ -57,6 +57,14 @@ def test_what_is_filled_in():
         {"write_q": False, "lora_rank": 16, "rope_dim": 0, "rope_style": "none"},
         {"write_kv": False, "lora_rank": MAX_LORA_RANK},
         {"q_split": True, "rope_dim": 2},
+        {"weight": "fp8", "nope_dim": 16, "lora_rank": 16},
+        {"weight": "fp8", "nope_dim": MAX_NOPE_DIM, "dtype": "fp16"},
+        {"weight": "fp8", "compute": "a8", "nope_dim": 16, "lora_rank": 16},
+        {"weight": "fp8", "compute": "a8", "nope_dim": MAX_NOPE_DIM, "lora_rank": MAX_LORA_RANK, "dtype": "fp16"},
+        {"weight": "fp8-block", "nope_dim": 32, "lora_rank": 16},
+        {"weight": "fp8-block", "nope_dim": MAX_NOPE_DIM - 32, "lora_rank": MAX_LORA_RANK - 16, "dtype": "fp16"},
+        {"weight": "mxfp4", "nope_dim": 32, "lora_rank": 16},
+        {"weight": "mxfp4", "nope_dim": MAX_NOPE_DIM, "lora_rank": MAX_LORA_RANK},
     ],
     ids=str,
 )
@@ -90,6 +98,16 @@ REFUSED = [
     ({"dtype": "fp8"}, "dtype='fp8'", "bf16, fp16"),
     ({"weight": "fp16"}, "weight='fp16'", "bf16, fp8, fp8-block, mxfp4, none for a bf16 model"),
     ({"weight": "int4"}, "weight='int4'", "bf16, fp8, fp8-block, mxfp4, none"),
+    ({"compute": "a4"}, "compute='a4'", "a16, a8"),
+    ({"compute": None}, "compute=None", "a16, a8"),
+    *(
+        ({"compute": "a8", "weight": weight}, f"compute='a8' with weight={weight!r}", "use weight='fp8' or compute='a16'")
+        for weight in ("bf16", "fp8-block", "mxfp4", "none")
+    ),
+    ({"compute": "a8"}, "compute='a8' with weight='bf16'", "use weight='fp8'"),
+    ({"weight": "fp8-block", "nope_dim": 48}, "weight='fp8-block' with nope_dim=48", "a multiple of 32; use weight='fp8'"),
+    ({"weight": "mxfp4", "nope_dim": 16}, "weight='mxfp4' with nope_dim=16", "a multiple of 32; use weight='fp8'"),
+    ({"weight": "mxfp4", "dtype": "fp16"}, "weight='mxfp4' with dtype='fp16'", "use bf16"),
     ({"q_dtype": "fp16"}, "q_dtype='fp16'", "fp8, bf16 for a bf16 model"),
     ({"kv_dtype": "e5m2"}, "kv_dtype='e5m2'", "fp8, bf16"),
     ({"dtype": "fp16", "kv_dtype": "bf16"}, "kv_dtype='bf16'", "fp8, fp16 for a fp16 model"),
@@ -160,7 +178,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rope_dim=field(0, 6, 64),
     rope_style=field("none", "gptj", "neox"),
     dtype=field("bf16", "fp16"),
-    weight=field(None, "none", "bf16"),
+    weight=field(None, "none", "bf16", "fp8", "fp8-block", "mxfp4"),
     q_dtype=field("fp8", "bf16", "fp16"),
     kv_dtype=field("fp8", "bf16", "fp16"),
     rounding=field("fused", "stepwise"),
@@ -171,6 +189,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     write_kv=field(True, False),
     kv_heads=field(1, 2),
     kv_layout=field("paged", "segmented", "fp8_ds_mla"),
+    compute=field("a16", "a8"),
     arch=st.sampled_from(list(TARGETS)),
 )
 def test_anything_is_a_kernel_or_a_spec_error(arch, **fields):
@@ -199,6 +218,19 @@ def test_from_model():
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
     assert PrologueSpec.from_model("deepseek-r1", tp=8, kv_layout="segmented") == spec(kv_layout="segmented")
+
+
+def test_names_of_kernels_tell_weights_apart():
+    specs = [spec(weight=weight) for weight in ("bf16", "fp8", "fp8-block", "mxfp4", "none")]
+    names = [kernel_name(each, find_target("gfx950")) for each in (*specs, spec(weight="fp8", compute="a8"))]
+    assert len(set(names)) == 6
+    assert all(name.isidentifier() for name in names)
+    assert "_p128_wfp8_a8_" in names[-1]
+
+
+@pytest.mark.parametrize(("weight", "bits"), [(None, 16), ("fp8", 8), ("fp8-block", 8), ("mxfp4", 4), ("none", 16)])
+def test_bits_of_a_weight(weight, bits):
+    assert {spec(weight=weight).weight_bits(target) for target in TARGETS.values()} == {bits}
 
 
 def test_a_spec_is_a_value():

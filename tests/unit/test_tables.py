@@ -15,7 +15,7 @@ from mlagen.lowering import lower
 from mlagen.schedule import choose_schedule
 from mlagen.shipped import shipped_matrix
 from mlagen.spec import PrologueSpec
-from mlagen.tables import FORMAT, Entry, Range, choose_ranges, read_table, write_table
+from mlagen.tables import FORMAT, WIDE_WEIGHT, Entry, Range, choose_ranges, read_table, write_table
 from mlagen.target import find_target
 
 # Far from everything that is shipped, so that no shipped table is nearer than the tests' own.
@@ -32,7 +32,8 @@ def entry_lists(draw) -> list[Entry]:
         layouts = st.builds(Layout, counts, st.none() | counts, st.just(dependent))
         ends = [*sorted(draw(st.sets(counts, max_size=4))), None]
         ranges = tuple(Range(end, draw(layouts), draw(st.none() | counts)) for end in ends)
-        entries.append(Entry(draw(counts), draw(counts), draw(counts), dependent, ranges))
+        bits = draw(st.sampled_from([4, 8, 16]))
+        entries.append(Entry(draw(counts), draw(counts), draw(counts), dependent, ranges, weight_bits=bits))
     return entries
 
 
@@ -59,7 +60,9 @@ def use(monkeypatch, tmp_path):
 
 def entry(heads: int = 8, tiles: int = 1, *, waves: int = 1, dependent: bool = False, **shape: int) -> Entry:
     fields = {**FAR, **shape}
-    return Entry(fields["nope_dim"], fields["lora_rank"], heads, dependent, (Range(None, Layout(waves, None, dependent), tiles),))
+    ranges = (Range(None, Layout(waves, None, dependent), tiles),)
+    bits = fields.get("weight_bits", WIDE_WEIGHT)
+    return Entry(fields["nope_dim"], fields["lora_rank"], heads, dependent, ranges, weight_bits=bits)
 
 
 def spec_of(heads: int = 8, **changes: object) -> PrologueSpec:
@@ -225,6 +228,26 @@ def test_l_counts_before_p_and_p_before_heads(use):
     assert tiles_for(spec_of(128, nope_dim=288)) == 1
     assert tiles_for(spec_of(128, lora_rank=1280)) == 3
     assert tiles_for(spec_of(8, nope_dim=256, lora_rank=1024)) == 3
+
+
+def test_p_counts_before_the_bits_of_a_weight_and_these_before_heads(use):
+    use([entry(8, 1, weight_bits=8), entry(128, 2), entry(8, 3, nope_dim=256, weight_bits=4)])
+    assert tiles_for(spec_of(8)) == 2
+    assert tiles_for(spec_of(128, weight="fp8")) == tiles_for(spec_of(128, weight="fp8-block")) == 1
+    assert tiles_for(spec_of(128, weight="mxfp4")) == 1, "4 bits are nearer to 8 than to 16"
+    assert tiles_for(spec_of(8, nope_dim=256)) == 3
+
+
+def test_an_entry_that_does_not_say_has_weights_of_16_bits():
+    """As in the tables that were written before there were others; what is written says no more than it must."""
+    wide, narrow = entry(8, 1), entry(8, 1, weight_bits=4)
+    text = write_table("gfx942", "a test", [wide, narrow])
+    assert text.count("weight_bits") == 1
+    _, (first, second) = read_table(text, "a table")
+    assert (first.weight_bits, second.weight_bits) == (16, 4)
+    assert (first, second) == (wide, narrow)
+    with pytest.raises(RequestError, match="weight_bits=0: must be a whole number"):
+        read_table(text.replace('"weight_bits": 4', '"weight_bits": 0'), "a table")
 
 
 def test_tables_of_another_arch_are_not_looked_at(use):

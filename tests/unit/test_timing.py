@@ -57,6 +57,8 @@ def test_nothing_to_measure():
         (8, "sm_90", 2, 120),
         (16, "gfx942", 2, 256),  # the Infinity Cache is larger
         (1, "gfx950", 2, MAX_LAYERS),
+        (16, "sm_90", 0.5, 240),  # codes of 4 bits
+        (3, "sm_90", 0.5, MAX_LAYERS),
     ],
 )
 def test_layers_are_added_until_their_weights_leave_the_cache(heads, arch, weight_bytes, layers):
@@ -64,6 +66,12 @@ def test_layers_are_added_until_their_weights_leave_the_cache(heads, arch, weigh
     assert cold_layers(spec, TARGETS[arch], 61, weight_bytes) == layers
     assert cold_layers(spec, TARGETS[arch], 2000, weight_bytes) == 2000
     assert cold_layers(dataclasses.replace(spec, weight="none"), TARGETS[arch], 61, weight_bytes) == 61
+
+
+@pytest.mark.parametrize(("weight", "layers"), [("bf16", 61), ("fp8", 120), ("fp8-block", 120), ("mxfp4", 240)])
+def test_codes_are_fewer_bytes_to_keep_cold(weight, layers):
+    spec = PrologueSpec(heads=16, nope_dim=128, lora_rank=512, rope_dim=64, rope_style="gptj", weight=weight)
+    assert layers_of(spec, SM_90, [], 61) == layers
 
 
 def test_the_smallest_weights_decide():
@@ -89,6 +97,21 @@ def test_a_workload_is_what_it_says(tokens):
     again = make_workload(spec, TARGETS["gfx942"], tokens, 3, device="cpu")
     assert torch.equal(work.q, again.q)
     assert torch.equal(work.w_uk[2], again.w_uk[2])
+
+
+@pytest.mark.parametrize(
+    ("weight", "code_bytes", "scale_bytes"), [("fp8", 1, 12), ("fp8-block", 1, 24), ("mxfp4", 0.5, 3 * 2 * 160)]
+)
+def test_a_workload_of_codes(weight, code_bytes, scale_bytes):
+    """The values stand beside them, in the model's dtype, for those who want them: of fp8 and e2m1 they are nearly exact."""
+    spec = small_spec(weight=weight, nope_dim=64, lora_rank=160)
+    work = make_workload(spec, SM_90, 2, 2, device="cpu")
+    assert len(work.codes) == len(work.w_uk) == 2
+    assert work.weight_bytes == 3 * 64 * 160 * code_bytes + scale_bytes
+    for values, codes in zip(work.w_uk, work.codes, strict=True):
+        assert values.dtype is torch.bfloat16
+        assert torch.equal(values, workloads.weight_values(codes).to(torch.bfloat16))
+    assert not make_workload(dataclasses.replace(spec, weight="bf16"), SM_90, 2, 2, device="cpu").codes
 
 
 # Checks

@@ -1,5 +1,6 @@
 """Tuning without a GPU: what is timed, and what is chosen of it."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -81,6 +82,21 @@ def test_an_entry_tells_what_was_found():
     entry = entry_of(SPEC, find_target("sm_90"), [timing(1, a=1.234, b=2.0), timing(8, a=3.0, b=2.0)], dependent=False)
     assert (entry.nope_dim, entry.lora_rank, entry.heads, entry.dependent) == (128, 512, 16, False)
     assert entry.found == {"1": [1.23, 1.0], "8": [2.0, 1.0]}
+
+
+@pytest.mark.parametrize(("weight", "bits"), [("bf16", 16), ("fp8", 8), ("mxfp4", 4)])
+def test_an_entry_tells_the_bits_of_its_weights(weight, bits):
+    entry = entry_of(dataclasses.replace(SPEC, weight=weight), find_target("gfx950"), [timing(1, a=1.0)], dependent=False)
+    assert entry.weight_bits == bits
+
+
+def test_entries_of_other_weights_stand_beside_each_other():
+    def entry(bits: int, layout: Layout = A, heads: int = 16) -> Entry:
+        return Entry(128, 512, heads, False, (Range(None, layout),), weight_bits=bits)
+
+    old = [entry(16), entry(8), entry(16, heads=8)]
+    merged = merge(old, [entry(8, B), entry(4)])
+    assert merged == [entry(4), entry(8, B), entry(16, heads=8), entry(16)]
 
 
 def test_newer_entries_replace_older_ones():
