@@ -329,9 +329,9 @@ def test_a_schedule_that_does_not_fit_is_refused(options):
         ({"weight": "fp8", "compute": "a8"}, "block=16: the query in shared memory is bf16, not fp8_e4m3fn"),
         (
             {"weight": "fp8-block", "nope_dim": 192},
-            "block=16: products from shared memory are whole sums, these have 64 rows to a scale",
+            "block=16: a product from shared memory is a whole sum, here 64 rows have a scale",
         ),
-        ({"weight": "fp8-block", "nope_dim": 256, "lora_rank": 64}, "these have 128 rows to a scale"),
+        ({"weight": "fp8-block", "nope_dim": 256, "lora_rank": 64}, "here 128 rows have a scale"),
     ],
 )
 def test_codes_whose_product_is_no_whole_sum_are_not_staged(changes, message):
