@@ -37,7 +37,7 @@ SPEC_FACTORS = {
     "kv_heads": (1, 2, 5),
     "kv_layout": ("paged", "segmented", "fp8_ds_mla"),
     "results": ("both", "query", "cache"),
-    "q_form": ("joined", "split"),
+    "q_form": ("joined", "split", "token"),
 }
 
 LAUNCH_FACTORS = {
@@ -73,6 +73,8 @@ def sensible(row: Row) -> bool:
     unsplit = row["rope_dim"] == 0 or row["results"] == "cache"
     if row["q_form"] == "split" and unsplit:
         return False
+    if row["q_form"] == "token" and not q_fp8:
+        return False
     if row["kv_layout"] != "paged":
         if row["kv_heads"] > 1 or not row["nope_first"]:
             return False
@@ -88,6 +90,7 @@ def spec_of(row: Row, heads: int) -> PrologueSpec:
         weight=dtype if row["absorb"] else "none",
         q_dtype="fp8" if row["q_fp8"] else dtype,
         kv_dtype="fp8" if row["kv_fp8"] else dtype,
+        q_scaling="token" if row["q_form"] == "token" else "static",
         q_split=row["q_form"] == "split",
         write_q=row["results"] != "cache",
         write_kv=row["results"] != "query",

@@ -10,6 +10,8 @@ from mlagen.spec import PrologueSpec
 from mlagen.target import find_target
 
 SPECS: dict[str, dict[str, Any]] = {
+    "scales for rows": {"q_scaling": "token"},
+    "scales for absorbed rows": {"q_scaling": "token", "weight": "none", "rope_style": "neox"},
     "a split query": {"q_split": True},
     "a split bf16 query": {"q_split": True, "q_dtype": "bf16", "rope_style": "neox"},
     "the query alone": {"write_kv": False},

@@ -22,6 +22,7 @@ SPECS = {
     "neox-stepwise": small_spec(rope_style="neox", rounding="stepwise", q_dtype="bf16"),
     "fp16": small_spec(dtype="fp16", lora_rank=128, nope_dim=64, kv_dtype="fp16"),
     "absorbed": small_spec(weight="none", rope_style="none"),
+    "token": small_spec(q_scaling="token"),
     "split": small_spec(q_split=True, lora_rank=128),
 }
 each_kernel = pytest.mark.parametrize(("name", "arch"), [(name, arch) for name in SPECS for arch in ("gfx942", "gfx950")])

@@ -64,7 +64,7 @@ def test_the_text_is_legible_and_safe_to_quote():
     assert ops.spec_to_str(spec) == (
         "heads=16,nope_dim=128,lora_rank=512,rope_dim=64,rope_style=gptj,"
         "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True,"
-        "compute=a16,q_split=False,write_q=True,write_kv=True,kv_heads=1,kv_layout=paged"
+        "compute=a16,q_scaling=static,q_split=False,write_q=True,write_kv=True,kv_heads=1,kv_layout=paged"
     )
 
 

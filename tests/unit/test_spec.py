@@ -57,6 +57,7 @@ def test_what_is_filled_in():
         {"write_q": False, "lora_rank": 16, "rope_dim": 0, "rope_style": "none"},
         {"write_kv": False, "lora_rank": MAX_LORA_RANK},
         {"q_split": True, "rope_dim": 2},
+        {"q_scaling": "token", "lora_rank": 16},
     ],
     ids=str,
 )
@@ -120,6 +121,10 @@ REFUSED = [
     ({"kv_layout": "flat"}, "kv_layout='flat'", "paged, segmented, fp8_ds_mla"),
     ({"kv_layout": None}, "kv_layout=None", "paged, segmented"),
     ({"kv_layout": "segmented", "nope_first": False}, "kv_layout='segmented' with nope_first=False", "the latent columns first"),
+    ({"q_scaling": "row"}, "q_scaling='row'", "static, token"),
+    ({"q_scaling": "token", "q_dtype": "bf16"}, "q_scaling='token' with q_dtype='bf16'", "joined fp8 q_out"),
+    ({"q_scaling": "token", "q_split": True}, "q_scaling='token' with q_split=True", "joined fp8 q_out"),
+    ({"q_scaling": "token", "write_q": False}, "q_scaling='token' with write_q=False", "joined fp8 q_out"),
     ({"q_split": None}, "q_split=None", "True or False"),
     ({"q_split": True, "rope_dim": 0, "rope_style": "none"}, "q_split=True with rope_dim=0", "nothing to split"),
     ({"q_split": True, "write_q": False}, "q_split=True with write_q=False", "no query to split"),
@@ -252,6 +257,7 @@ def test_without_rope_nothing_of_it_is_left():
         {"write_q": False},
         {"write_kv": False},
         {"q_split": True},
+        {"q_scaling": "token"},
     ],
     ids=str,
 )
