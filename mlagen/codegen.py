@@ -379,8 +379,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         "scale": sink.scale,
         "groups": sink.groups,
         "row_scale": sink.row_scale,
-        "limit": float_literal(sink.row_scale.limit) if sink.row_scale else None,
-        "least": power_literal(LEAST_ROW_SCALE),
+        "beside": None,
         "row_lanes": schedule.row_lanes(segment, pieces) if pieces else None,
         "destination": f"{row} + {column}",
         "column_offset": f" + {segment.column}" if segment.column else "",
@@ -405,6 +404,8 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         context["beside"] = beside
         context["scale_parts"] = schedule.waves_per_workgroup + (beside["pieces"].lanes if beside else 0)
         context["scaled_parts"] = [part for part in (context if pieces else None, beside) if part]
-        if not segment.absorb:
+        context["limit"] = float_literal(sink.row_scale.limit)
+        context["least"] = power_literal(LEAST_ROW_SCALE)
+        if pieces:
             context["template"] = "stages/segment_scaled.hip.j2"
     return MappingProxyType(context)

@@ -14,7 +14,7 @@ from mlagen.errors import ScheduleError
 from mlagen.lowering import Lowered, Segment
 from mlagen.staging import Staging
 from mlagen.target import MmaAtom, Target
-from mlagen.tiles import AbsorbTiles
+from mlagen.tiles import FRAGMENT_BYTES, AbsorbTiles
 
 PIECE_ELEMENTS = 16
 """Elements of a row that one lane copies: 16 fp8 codes are one 128-bit store."""
@@ -30,18 +30,14 @@ M_TILES_OF_CODES = {"amd": (4, 2, 1), "nvidia": (1,)}
 """The same where the weights are codes that become the model's dtype in registers.  NVIDIA: one, so that a wave, whose
 conversion is in the way of its product, has less to convert; found on an H200 with 16 heads."""
 
-M_TILES_OF_ROWS = {"amd": (4, 2, 1), "nvidia": (4, 2, 1)}
-"""The same where one workgroup has all latent tiles of a head.  NVIDIA: four, for fewer and larger waves, whose lanes together have
-less of what all need."""
+M_TILES_OF_ROWS = (4, 2, 1)
+"""The same, on all platforms, where one workgroup has all latent tiles of a head: the fewer its waves, the more registers has each."""
 
 MAX_THREADS = 1024
 """Lanes of a workgroup, on all targets."""
 
 OTHER_REGISTERS = 32
 """Registers for addresses and the like, beside the weights, q and the sums."""
-
-OTHER_REGISTERS_OF_ROWS = 40
-"""The same where rows have scales of their own, whose rotary part is rotated beside the weights."""
 
 WAVES_PER_SIMD_GOAL = 2
 """Waves per SIMD after which more splits over the tokens only read the weights again."""
@@ -243,15 +239,18 @@ def _choose_tiles(segment: Segment, target: Target, atom: MmaAtom, m_tiles: int 
     raise ScheduleError(f"lora_rank={segment.width} is not a multiple of the atom's {atom.m} rows")
 
 
-def _choose_whole_rows(
-    segment: Segment, target: Target, atom: MmaAtom, m_tiles: int | None
-) -> tuple[AbsorbTiles, int, int]:
+def _choose_whole_rows(segment: Segment, target: Target, atom: MmaAtom, m_tiles: int | None) -> tuple[AbsorbTiles, int, int]:
     """Tiles, waves and passes with which one workgroup has all latent tiles of a head: in as few passes as registers allow."""
-    candidates = M_TILES_OF_ROWS[target.platform] if m_tiles is None else (m_tiles,)
+    candidates = M_TILES_OF_ROWS if m_tiles is None else (m_tiles,)
     whole = [AbsorbTiles(atom, segment.source_width, segment.width, m) for m in candidates if segment.width % (m * atom.m) == 0]
+    rounds = segment.absorb is not None and segment.absorb.activation is not None
     for passes, tiles in itertools.product(range(1, segment.width // atom.m + 1), whole):
+        if passes > 1 and tiles.m_tiles > 1 and tiles.weight_registers > WEIGHT_REGISTERS[target.platform]:
+            continue  # a compiler may ask for the weights of a pass before it is done with those of the last
         waves, left = divmod(tiles.l_tiles, passes)
-        registers = tiles.registers + (2 * passes - 1) * tiles.m_tiles * atom.d.registers + OTHER_REGISTERS_OF_ROWS
+        kept = 2 * passes * tiles.m_tiles * atom.d.registers  # sums, and the values made of them
+        arriving = 2 * tiles.chunks * FRAGMENT_BYTES // 4 if rounds else 0  # the query before it is rounded to codes
+        registers = tiles.registers + kept + arriving + OTHER_REGISTERS
         fits = registers <= target.registers_per_wave_lane and waves * target.wave <= MAX_THREADS
         if not left and fits and target.waves_per_simd(registers) * target.simds_per_cu >= waves:
             return tiles, waves, passes
