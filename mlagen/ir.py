@@ -289,7 +289,7 @@ class Quantize(Stage):
             scale = types[self.scale]
             groups = scale.shape[-1] if scale.dtype is DType.FP32 and scale.shape[:-1] == x.shape[:-1] else None
             if not isinstance(groups, int) or x.width % groups:
-                raise self.reject(f"{self.scale} is {scale}, expected fp32[], or fp32 for rows, or groups of columns, of {x}")
+                raise self.reject(f"{self.scale} is {scale}, expected fp32[], or fp32 for groups of columns or for rows of {x}")
         if not 0 < self.limit <= self.dtype.largest:
             raise self.reject(f"fp8_max={self.fp8_max} is outside (0, {self.dtype.largest:g}], what {self.dtype} can hold")
         return TensorType(x.shape, self.dtype)

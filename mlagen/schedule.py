@@ -33,6 +33,9 @@ conversion is in the way of its product, has less to convert; found on an H200 w
 M_TILES_OF_ROWS = (4, 2, 1)
 """The same, on all platforms, where one workgroup has all latent tiles of a head: the fewer its waves, the more registers has each."""
 
+MOST_PASSES = 12
+"""Latent tiles that a wave makes of one token tile: compilers unroll them, so that their sums stay in registers."""
+
 MAX_THREADS = 1024
 """Lanes of a workgroup, on all targets."""
 
@@ -244,13 +247,15 @@ def _choose_whole_rows(segment: Segment, target: Target, atom: MmaAtom, m_tiles:
     candidates = M_TILES_OF_ROWS if m_tiles is None else (m_tiles,)
     whole = [AbsorbTiles(atom, segment.source_width, segment.width, m) for m in candidates if segment.width % (m * atom.m) == 0]
     rounds = segment.absorb is not None and segment.absorb.activation is not None
-    for passes, tiles in itertools.product(range(1, segment.width // atom.m + 1), whole):
+    for passes, tiles in itertools.product(range(1, MOST_PASSES + 1), whole):
         if passes > 1 and tiles.m_tiles > 1 and tiles.weight_registers > WEIGHT_REGISTERS[target.platform]:
-            continue  # a compiler may ask for the weights of a pass before it is done with those of the last
+            continue
         waves, left = divmod(tiles.l_tiles, passes)
         kept = 2 * passes * tiles.m_tiles * atom.d.registers  # sums, and the values made of them
-        arriving = 2 * tiles.chunks * FRAGMENT_BYTES // 4 if rounds else 0  # the query before it is rounded to codes
-        registers = tiles.registers + kept + arriving + OTHER_REGISTERS
+        arriving = 4 * tiles.chunks * FRAGMENT_BYTES // 4 if rounds else 0  # the query before it is codes, and its magnitudes
+        # AMD's compiler asks for the weights of a pass before it is done with those of the last.
+        next_weights = tiles.weight_registers if passes > 1 and target.platform == "amd" else 0
+        registers = tiles.registers + next_weights + kept + arriving + OTHER_REGISTERS
         fits = registers <= target.registers_per_wave_lane and waves * target.wave <= MAX_THREADS
         if not left and fits and target.waves_per_simd(registers) * target.simds_per_cu >= waves:
             return tiles, waves, passes
