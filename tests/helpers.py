@@ -189,7 +189,7 @@ def _arguments(kernel: Kernel, case: verify.Case, workload: Workload) -> dict[st
         "q": q,
         "kv_c": kv_c,
         "k_pe": (k_pe.unsqueeze(1) if workload.k_pe_rank == 3 and spec.kv_heads == 1 else k_pe) if spec.rope_dim else None,
-        "packed": embed(kernel.pack_weights(inputs["w_uk"])) if spec.absorbs else None,
+        "packed": embed(kernel.pack_weights(inputs["w_uk"], inputs.get("w_scale"))) if spec.absorbs else None,
         "kv_cache": case.kv_cache and case.kv_cache.tensor,
         "slot_mapping": torch.cat((inputs["slot_mapping"], beyond)),
         "positions": embed(inputs["positions"]) if spec.rope_style != "none" else None,
