@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import Launch, Workload, build_kernel, failures, make_launch, small_spec
 
-from mlagen import packing, runtime
+from mlagen import packed_weights, packing
 from mlagen.codegen import MARK, GeneratedKernel, generate, kernel_name, render
 from mlagen.dtypes import DType
 from mlagen.lowering import lower
@@ -253,7 +253,7 @@ def test_a_permuted_packing_shows(first, second, monkeypatch):
 
     kernel = load(SPECS["gptj"], "cpu", arch="gfx942")
     assert not is_wrong(kernel)
-    monkeypatch.setattr(runtime, "packing_index", permuted)
+    monkeypatch.setattr(packed_weights, "packing_index", permuted)
     assert is_wrong(kernel)
 
 

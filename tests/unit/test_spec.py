@@ -171,6 +171,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
+    q_scaling=field("static", "token"),
     q_split=field(True, False),
     write_q=field(True, False),
     write_kv=field(True, False),
@@ -199,8 +200,9 @@ def test_a_limit_that_only_one_flavour_has():
 def test_from_model():
     assert PrologueSpec.from_model("deepseek-r1", tp=8) == spec()
     options = {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rounding": "stepwise", "nope_first": False}
-    for more in ({}, {"write_q": False}, {"write_kv": False}, {"q_split": True}):
-        assert PrologueSpec.from_model("deepseek-r1", tp=8, **options, **more) == spec(**options, **more)
+    for more in ({}, {"write_q": False}, {"write_kv": False}, {"q_split": True}, {"q_scaling": "token", "q_dtype": "fp8"}):
+        changes = {**options, **more}
+        assert PrologueSpec.from_model("deepseek-r1", tp=8, **changes) == spec(**changes)
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
     assert PrologueSpec.from_model("deepseek-r1", tp=8, kv_layout="segmented") == spec(kv_layout="segmented")
@@ -392,3 +394,15 @@ def test_an_entry_of_fp8_ds_mla(arch, divisor):
     writes = {stage.x: stage.column for stage in stages.values() if isinstance(stage, CacheWrite)}
     assert writes == {"kv_codes": 0, "kv_scales": 512, "kv_pe": 528}
     assert "k_scale" not in dict(wanted.program(target).inputs)
+
+
+@pytest.mark.parametrize("limit", [None, 224.0])
+def test_scales_of_rows_are_a_result(limit):
+    token, target = spec(q_scaling="token", fp8_max=limit), find_target("gfx942")
+    program = token.program(target)
+    types = program.verify()
+    assert token.q_results == ("q_out", "q_scales")
+    assert program.results == ("q_out", "q_scales", "kv_cache_written")
+    assert (types["q_scales"].shape, types["q_scales"].dtype) == (("T", "H"), DType.FP32)
+    assert "q_scale" not in types
+    assert program.producer("q_scales").limit == program.producer("q_out").limit == (limit or 240.0)
