@@ -404,7 +404,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         context["beside"] = beside
         context["scale_parts"] = schedule.waves_per_workgroup + (beside["pieces"].lanes if beside else 0)
         context["scaled_parts"] = [part for part in (context if pieces else None, beside) if part]
-        context["limit"] = float_literal(sink.row_scale.limit)
+        context["divisor"] = float_literal(sink.row_scale.divisor)
         context["least"] = power_literal(LEAST_ROW_SCALE)
         if pieces:
             context["template"] = "stages/segment_scaled.hip.j2"

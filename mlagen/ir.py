@@ -202,14 +202,14 @@ class Concat(Stage):
 
 @dataclass(frozen=True)
 class RowScale(Stage):
-    """One fp32 scale for each row [T,H,:]: its largest magnitude over `limit`, or LEAST_ROW_SCALE where that is less.
+    """One fp32 scale for each row [T,H,:]: its largest magnitude over `divisor`, or LEAST_ROW_SCALE where that is less.
 
     NaN counts for nothing.  A row with an infinity has an infinite scale, with which Quantize makes its infinities NaN and all
     other numbers 0.
     """
 
     x: str
-    limit: float
+    divisor: float
 
     template: ClassVar[str] = "row_scale"
 
@@ -221,8 +221,8 @@ class RowScale(Stage):
         x = self.float_rows(self.x, types)
         if len(x.shape) != 3:
             raise self.reject(f"{self.x} is {x}, expected rows [T,H,:]")
-        if not self.limit > 0:
-            raise self.reject(f"limit={self.limit}: must be positive")
+        if not self.divisor > 0:
+            raise self.reject(f"divisor={self.divisor}: must be positive")
         return TensorType(x.shape[:-1], DType.FP32)
 
 

@@ -177,7 +177,7 @@ def _sink(program: Program, types: Types, number: int, result: str) -> Sink:
 def _is_of_scales(program: Program, result: str) -> bool:
     """Whether a result is made of scales, which go with their codes: the write of them, or those of rows."""
     stage = program.producer(result)
-    return isinstance(stage, RowScale) or isinstance(stage, CacheWrite) and isinstance(program.producer(stage.x), GroupScale)
+    return isinstance(stage, RowScale) or (isinstance(stage, CacheWrite) and isinstance(program.producer(stage.x), GroupScale))
 
 
 def _refuse_overlaps(program: Program, types: Types) -> None:

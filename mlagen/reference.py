@@ -204,7 +204,7 @@ def _row_scale(stage: RowScale, values: Mapping[str, Bounded]) -> Bounded:
     far = torch.maximum(x.low.abs(), x.high.abs())
     nan = x.exact.isnan()
     largest = Bounded(*(torch.where(nan, 0.0, each).amax(-1) for each in (near, x.exact.abs(), far)))
-    return largest.map(lambda end: (end.float() / stage.limit).clamp(min=LEAST_ROW_SCALE).double())
+    return largest.map(lambda end: (end.float() / stage.divisor).clamp(min=LEAST_ROW_SCALE).double())
 
 
 def _cache_write(stage: CacheWrite, values: Mapping[str, Bounded]) -> Bounded:

@@ -152,9 +152,9 @@ class Kernel:
 
         With q_split=True the query is the pair ql_nope_out [T,H',L], q_pe_out [T,H',R], which `out` then takes, too.
 
-        With q_scaling="token" it is the pair q_out, q_scales [T,H'] in fp32, value = code * scale, and q_scale must be None.  A row's
-        scale is its largest magnitude over the fp8 limit, at least 2^-126, which rows of zeros have.  NaN counts for nothing there
-        and stays NaN in q_out.  A row with an infinity has an infinite scale: its infinities become NaN, its other codes 0.
+        With q_scaling="token" it is the pair q_out, q_scales [T,H'] in fp32, value = code * scale, and q_scale must be None.  A
+        row's scale is its largest magnitude over the fp8 limit, at least 2^-126, which rows of zeros have.  NaN counts for nothing
+        there and stays NaN in q_out.  A row with an infinity has an infinite scale: its infinities become NaN, its other codes 0.
 
         What a spec leaves out is not read and may be None.  With write_kv=False these are kv_c, k_pe, kv_cache, slot_mapping and
         k_scale.  With write_q=False they are q and q_scale; packed and out must be None, T is the number of kv_c's rows, and the

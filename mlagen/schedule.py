@@ -31,7 +31,7 @@ M_TILES_OF_CODES = {"amd": (4, 2, 1), "nvidia": (1,)}
 conversion is in the way of its product, has less to convert; found on an H200 with 16 heads."""
 
 M_TILES_OF_ROWS = (4, 2, 1)
-"""The same, on all platforms, where one workgroup has all latent tiles of a head: the fewer its waves, the more registers has each."""
+"""The same, on all platforms, where one workgroup has all latent tiles of a head: fewer waves have more registers each."""
 
 MOST_PASSES = 12
 """Latent tiles that a wave makes of one token tile: compilers unroll them, so that their sums stay in registers."""
@@ -204,7 +204,9 @@ def choose_schedule(
         what = f"waves_per_workgroup={waves_per_workgroup}" if block is None else f"block={block}"
         raise ScheduleError(f"{what}: rows with scales of their own need whole rows in a workgroup, which says how large it is")
     if lowered.absorb and scaled:
-        absorb, waves_per_workgroup, passes = _choose_whole_rows(lowered.absorb, target, target.atom(lowered.operand_dtype), m_tiles)
+        absorb, waves_per_workgroup, passes = _choose_whole_rows(
+            lowered.absorb, target, target.atom(lowered.operand_dtype), m_tiles
+        )
     elif lowered.absorb:
         absorb = _choose_tiles(lowered.absorb, target, target.atom(lowered.operand_dtype), m_tiles)
         registers = absorb.registers
@@ -260,8 +262,8 @@ def _choose_whole_rows(segment: Segment, target: Target, atom: MmaAtom, m_tiles:
         if not left and fits and target.waves_per_simd(registers) * target.simds_per_cu >= waves:
             return tiles, waves, passes
     raise ScheduleError(
-        f"lora_rank={segment.width} with nope_dim={segment.source_width}: a row with a scale of its own is made in one workgroup, and "
-        f"no number of waves of {target.arch} has the registers for that; use one scale for all rows"
+        f"lora_rank={segment.width} with nope_dim={segment.source_width}: a row with a scale of its own is made in one workgroup, "
+        f"and no number of waves of {target.arch} has the registers for that; use q_scaling='static'"
     )
 
 

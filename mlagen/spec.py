@@ -396,8 +396,8 @@ class PrologueSpec:
                 results.append(quantized("ql_nope_out", latent, self.q_dtype, "q_scale"))
                 results.append(quantized("q_pe_out", rotated(take("q_pe", q_pe_shape, dtype)), self.q_dtype, "q_scale"))
             else:
-                scale = "q_scales" if self.q_scaling == "token" else "q_scale"
-                results.append(row("q_out", latent, "q_pe", q_pe_shape, self.q_dtype, scale))
+                q_scale = "q_scales" if self.q_scaling == "token" else "q_scale"
+                results.append(row("q_out", latent, "q_pe", q_pe_shape, self.q_dtype, q_scale))
                 results += ["q_scales"] if self.q_scaling == "token" else []
         if self.write_kv:
             kv_c = take("kv_c", ("T", *inner, self.lora_rank), dtype)

@@ -73,9 +73,9 @@ def sensible(row: Row) -> bool:
     unsplit = row["rope_dim"] == 0 or row["results"] == "cache"
     if row["q_form"] == "split" and unsplit:
         return False
-    if row["q_form"] == "token":
-        if not q_fp8 or (row["absorb"] and row["nope_dim"] == 512 and row["arch"] == "sm_90"):  # too many registers
-            return False
+    too_large = row["absorb"] and row["nope_dim"] == 512 and row["arch"] == "sm_90"  # for whole rows in a workgroup
+    if row["q_form"] == "token" and (too_large or not q_fp8):
+        return False
     if row["kv_layout"] != "paged":
         if row["kv_heads"] > 1 or not row["nope_first"]:
             return False

@@ -26,6 +26,7 @@ SPECS = {
     "decode_prologue_pair": replace(SMALL, q_split=True, q_dtype="bf16"),
     "decode_prologue_pair, no cache": replace(SMALL, q_split=True, write_kv=False),
     "decode_prologue_pair, scales": replace(SMALL, q_scaling="token"),
+    "decode_prologue_pair, scales, no cache": replace(SMALL, q_scaling="token", weight="none", write_kv=False),
     "decode_prologue_kv": replace(SMALL, write_q=False),
     "decode_prologue_kv, no rotation": replace(SMALL, write_q=False, rope_style="none", rope_dim=0, kv_dtype="bf16"),
 }

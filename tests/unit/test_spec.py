@@ -405,4 +405,4 @@ def test_scales_of_rows_are_a_result(limit):
     assert program.results == ("q_out", "q_scales", "kv_cache_written")
     assert (types["q_scales"].shape, types["q_scales"].dtype) == (("T", "H"), DType.FP32)
     assert "q_scale" not in types
-    assert program.producer("q_scales").limit == program.producer("q_out").limit == (limit or 240.0)
+    assert program.producer("q_scales").divisor == program.producer("q_out").limit == (limit or 240.0)
