@@ -22,6 +22,7 @@ def lane_expressions(tiles: AbsorbTiles) -> Mapping[str, Any]:
 
     k_first: first k of a lane's fragment of q; read_token: its token within a tile; sum_token: the first token of its sums;
     l_first: its first latent column within a tile; weight_group: number of the group of lanes that hold the same rows of weights;
+    same_token: from which to below which power of two the numbers of lanes differ that have sums of the same tokens;
     sum: the register of sum number i % l_held of token number `column`.
     """
     atom = tiles.atom
