@@ -36,7 +36,7 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
     `head_bytes` is the size of a packed head where W_UK comes in codes.
     """
     element = lowered.model_dtype.value.cpp
-    sources = {segment.source: segment for segment in lowered.segments}
+    sources = {segment.source: segment for segment in lowered.parts}
     arguments: list[Argument] = []
 
     def pointer(name: str, cpp: str, meaning: str) -> None:
@@ -87,13 +87,16 @@ def kernel_arguments(lowered: Lowered, *, absorb_first: bool = False, head_bytes
         int64("max_position", "positions are clamped to [0, max_position)")
         int32("positions_int64", "1: positions are int64, 0: int32")
         int32("cos_sin_float", f"1: cos and sin are float, 0: {element}")
-    for segment in sorted(lowered.segments, key=lambda segment: (segment.sink.number, segment.column)):
+    for segment in sorted(lowered.parts, key=lambda segment: (segment.sink.number, segment.column)):
         if segment.source != first:
             source(segment.source)
     for q in queries:
         pointer(q.tensor, q.quantize.dtype.value.cpp, f"[T, >= H, {q.width}]")
         int64(f"{q.tensor}_token_stride", f"of {q.tensor}, in elements")
         int64(f"{q.tensor}_head_stride", f"of {q.tensor}, in elements")
+        if q.row_scale:
+            pointer(q.row_scale.output, "float", "[T, >= H], dequantisation scales")
+            int64(f"{q.row_scale.output}_token_stride", f"of {q.row_scale.output}, in elements")
     if kv:
         pointer("slot_mapping", "const void", "[>= T], negative: leave the cache alone")
         several = any(segment.heads == "kv_heads" for segment in lowered.segments)

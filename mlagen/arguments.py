@@ -192,6 +192,11 @@ class Checker:
         """An int64 or int32 vector."""
         return self.tensor(name, value, (extent,), (torch.int64, torch.int32), rows_free=False)
 
+    def no_scale(self, q_scale: object) -> None:
+        """Nothing, where the scales of the query are computed."""
+        if q_scale is not None:
+            raise ArgumentError("q_scale: this kernel computes and returns the query's scales (q_scaling='token'), pass None")
+
     def output_pair(self, out: object) -> tuple[object, object]:
         """The members of `out`, where a call returns two tensors."""
         if not isinstance(out, tuple | list) or len(out) != 2:
@@ -280,7 +285,7 @@ def bind(checker: Checker, packed_shape: Sequence[int], tensors: Sequence[object
             "positions_int64": int(positions.dtype is torch.int64),
             "cos_sin_float": int(cos.dtype is torch.float32),
         }
-    for name in [*(["q_scale"] if spec.write_q else []), *(["k_scale"] if spec.write_kv else [])]:
+    for name in [*(["q_scale"] if spec.write_q and spec.q_scaling == "static" else []), *(["k_scale"] if spec.write_kv else [])]:
         views[name] = (name, checker.scale(name, given[name]))
     for name, slot in zip(checker.results, ("out", "out_second"), strict=False):
         views[name] = (slot, checker.output(name, given[slot], tokens))

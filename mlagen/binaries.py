@@ -174,6 +174,7 @@ def _options(spec: PrologueSpec, generated: GeneratedKernel) -> str:
     options += [f"--weight {spec.weight}", f"--rounding {spec.rounding}"]
     options += [f"--fp8-max {spec.fp8_max!r}"] if spec.fp8_max is not None else []
     options += [] if spec.nope_first else ["--rope-first"]
+    options += [] if spec.q_scaling == "static" else [f"--q-scaling {spec.q_scaling}"]
     options += ["--q-split"] if spec.q_split else []
     options += [] if spec.write_q else ["--no-write-q"]
     options += [] if spec.write_kv else ["--no-write-kv"]

@@ -29,6 +29,7 @@ from mlagen.cli_options import (
     NoWriteKv,
     NoWriteQ,
     QDtype,
+    QScaling,
     QSplit,
     RopeFirst,
     Rounding,
@@ -98,6 +99,7 @@ def build(
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
     compute: Compute = "a16",
+    q_scaling: QScaling = "static",
     q_split: QSplit = False,
     no_write_q: NoWriteQ = False,
     no_write_kv: NoWriteKv = False,
@@ -118,7 +120,7 @@ def build(
     folder = out or (GENERATED if generated else Path("build"))
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
-    options |= {"q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
+    options |= {"q_scaling": q_scaling, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     if model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
@@ -173,6 +175,7 @@ def verify(
     fp8_max: Fp8Max = None,
     rope_first: RopeFirst = False,
     compute: Compute = "a16",
+    q_scaling: QScaling = "static",
     q_split: QSplit = False,
     no_write_q: NoWriteQ = False,
     no_write_kv: NoWriteKv = False,
@@ -194,7 +197,7 @@ def verify(
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
-    options |= {"q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
+    options |= {"q_scaling": q_scaling, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
     without = [each.target.arch for each in requests if not each.target.dependent_launch]
     if pdl and without:

@@ -22,6 +22,7 @@ from mlagen.cli_options import (
     NoWriteKv,
     NoWriteQ,
     QDtype,
+    QScaling,
     QSplit,
     Rounding,
     Tp,
@@ -52,6 +53,7 @@ def bench(
     rounding: Rounding = "fused",
     fp8_max: Fp8Max = None,
     compute: Compute = "a16",
+    q_scaling: QScaling = "static",
     q_split: QSplit = False,
     no_write_q: NoWriteQ = False,
     no_write_kv: NoWriteKv = False,
@@ -88,7 +90,7 @@ def bench(
     target = find_target(gpu_arch(device))
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     options |= {"compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
-    options |= {"q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
+    options |= {"q_scaling": q_scaling, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     wanted = request(model, tp, target, **options)
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says while it works is no result
         report = _measure(wanted, chosen, counts, layers, repeats)

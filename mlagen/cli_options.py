@@ -27,6 +27,7 @@ Fp8Max = Annotated[float | None, typer.Option("--fp8-max", help="Saturate fp8 be
 RopeFirst = Annotated[
     bool, typer.Option("--rope-first", help="The rotary columns before the latent ones in q_out and in the cache.")
 ]
+QScaling = Annotated[str, typer.Option("--q-scaling", help="static: one scale; token: one for each row, computed and returned.")]
 QSplit = Annotated[bool, typer.Option("--q-split", help="The query as two tensors, latent and rotary.")]
 NoWriteQ = Annotated[bool, typer.Option("--no-write-q", help="Leave the query out: only the cache is written.")]
 NoWriteKv = Annotated[bool, typer.Option("--no-write-kv", help="Leave the cache out: only the query is made.")]

@@ -6,34 +6,28 @@ target's own, "amd" or "nvidia", and "host", where the same text follows a libra
 
 import functools
 import hashlib
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from mlagen.abi import Argument, kernel_arguments
-from mlagen.codes import LARGEST_EXPONENT, PackedCodes, packed_codes
+from mlagen.codes import PackedCodes, packed_codes
 from mlagen.dtypes import DType
 from mlagen.errors import ScheduleError
-from mlagen.ir import ACTIVATION_GROUP, LEAST_ACTIVATION, Program
+from mlagen.expressions import activation, float_literal, lane_expressions, mx_numbers, power_literal, wgmma_operands
+from mlagen.ir import LEAST_ROW_SCALE, Program
 from mlagen.layout import Layout
 from mlagen.lowering import Lowered, Segment, Sink, lower
 from mlagen.rendering import environment, template_texts
-from mlagen.schedule import Pieces, Schedule, choose_schedule
+from mlagen.schedule import Pieces, Schedule, choose_schedule, cut
 from mlagen.spec import PrologueSpec
-from mlagen.staging import Staging
 from mlagen.tables import choose_ranges
 from mlagen.target import Target
-from mlagen.tiles import AbsorbTiles
 
 FLOOR_THREADS = (128, 256, 512)
 """Lanes of a workgroup of each of the streaming floor's kernels."""
-
-FP32_BIAS = 127
 
 MARK = "// The kernel.  From here on the text is the same on every platform."
 """The line after which host and device source are the same bytes."""
@@ -109,7 +103,8 @@ def kernel_name(spec: PrologueSpec, target: Target) -> str:
         spec.rope_style,
         spec.dtype,
     ]
-    q = f"q{spec.q_dtype}{'split' if spec.q_split else ''}" if spec.write_q else "noq"
+    form = "split" if spec.q_split else "token" if spec.q_scaling == "token" else ""
+    q = f"q{spec.q_dtype}{form}" if spec.write_q else "noq"
     parts += [q, f"kv{spec.kv_dtype}" if spec.write_kv else "nokv", spec.rounding]
     if spec.fp8_max is not None and spec.fp8_max != target.fp8.largest:
         parts.append(f"max{spec.fp8_max:.10g}".replace(".", "p"))
@@ -169,9 +164,9 @@ def floor_source(target: Target, platform: str | None = None) -> str:
     """Kernels that a time is compared with: mlagen_empty, which does nothing, with workgroups of FLOOR_THREADS[0], and for each N
     of FLOOR_THREADS mlagen_stream_N, which only reads and writes.  `platform` is the target's own, or "host".
     """
-    context = {"target": target, "aligned": True, "staging": None, "groups": None, "dependent": False, "codes": None}
+    context = {"target": target, "aligned": True, "staging": None, "float_bits": False, "dependent": False, "codes": None}
     context["threads_choices"] = FLOOR_THREADS
-    context["fp8_largest"] = _float_literal(target.fp8.largest)
+    context["fp8_largest"] = float_literal(target.fp8.largest)
     library = environment().get_template(f"lib/{platform or target.platform}.h").render(context)
     arguments = _argument_context(floor_arguments())
     return environment().get_template("bench/floor.hip.j2").render(context, platform=library, arguments=arguments)
@@ -225,11 +220,15 @@ def _context(
         partials.append("query_staged" if schedule.staging else "query_tile")
         if codes and codes.operand_codes:
             partials.append("query_codes")
+    if any(q.row_scale for q in queries):
+        partials.append("row_scale")
     atom = target.atom(lowered.operand_dtype)
     segments = [
         _segment_context(segment, pieces, schedule, lowered)
         for segment, pieces in zip(lowered.segments, schedule.pieces, strict=True)
     ]
+    scaled = next((segment for segment in segments if segment["row_scale"]), None)
+    operand_codes = codes is not None and codes.operand_codes
     return {
         "kernel": name,
         "target": target,
@@ -240,26 +239,28 @@ def _context(
         "partials": [f"stages/{partial}.hip.j2" for partial in partials],
         "segments": segments,
         "absorb": next((segment for segment in segments if not segment["pieces"]), None),
+        "scaled": scaled,
         "rows": [segment for segment in segments if segment["pieces"]],
         "rope": lowered.ropes[0] if lowered.ropes else None,
         "model": lowered.model_dtype.value.cpp,
         "atom": atom,
-        "fp8_largest": _float_literal(target.fp8.largest),
+        "fp8_largest": float_literal(target.fp8.largest),
         "tiles": schedule.absorb,
         "staging": schedule.staging,
         "product": target.shared_product(lowered.model_dtype),
-        "lanes": _lane_expressions(schedule.absorb) if schedule.absorb else None,
+        "lanes": lane_expressions(schedule.absorb) if schedule.absorb else None,
         "codes": codes,
-        "operand_codes": codes is not None and codes.operand_codes,
-        "activation": _activation(schedule.absorb, target) if codes and codes.operand_codes and schedule.absorb else None,
+        "operand_codes": operand_codes,
+        "activation": activation(schedule.absorb, target) if operand_codes and schedule.absorb else None,
         "sum_scale": " * weight_scale" if codes and codes.row_blocks == 1 else "",
-        "mx": _mx_numbers(target),
-        "wgmma": _wgmma_operands(schedule.staging) if schedule.staging else None,
+        "mx": mx_numbers(target),
+        "wgmma": wgmma_operands(schedule.staging) if schedule.staging else None,
         "queries": [_sink_context(q, lowered) for q in queries],
         "kv": _sink_context(kv, lowered) if kv else None,
         "groups": groups,
-        "least": _power_literal(groups.least) if groups else None,
-        "divisor": _float_literal(groups.divisor) if groups else None,
+        "float_bits": bool(groups) or operand_codes or scaled is not None,
+        "least": power_literal(groups.least) if groups else None,
+        "divisor": float_literal(groups.divisor) if groups else None,
     }
 
 
@@ -283,75 +284,8 @@ def _rows(names: list[str], width: int = 116) -> list[str]:
     return rows
 
 
-def _lane_expressions(tiles: AbsorbTiles) -> Mapping[str, str]:
-    """The lane arithmetic of the absorb, from the atom's maps, as C++ expressions.
-
-    k_first: first k of a lane's fragment of q; read_token: its token within a tile; sum_token: the first token of its sums;
-    l_first: its first latent column within a tile; weight_group: number of the group of lanes that hold the same rows of weights;
-    sum: the register of sum number i % l_held of token number `column`.
-    """
-    atom = tiles.atom
-    return {
-        "k_first": atom.b.lane_expression("k", scale=tiles.fragment_k),
-        "read_token": atom.b.lane_expression("n"),
-        "sum_token": atom.d.lane_expression("n"),
-        "l_first": atom.d.lane_expression("m", scale=tiles.l_run),
-        "weight_group": atom.a.lane_expression("m", scale=1),
-        "sum": atom.d.held_number(m=f"i % {tiles.l_held}", n="column"),
-    }
-
-
-def _mx_numbers(target: Target) -> Mapping[str, int]:
-    """How e2m1 codes are read as fp8: they mean 2^power times less there, and an e8m0 byte of a packed head, less `offset`, is
-    the exponent of the fp32 factor that gives them their value and their scale."""
-    power = 7 if target.fp8 is DType.E4M3FNUZ else 6  # the exponent bias of fp8 less that of e2m1
-    return {"power": power, "offset": LARGEST_EXPONENT - FP32_BIAS - power}
-
-
-def _activation(tiles: AbsorbTiles, target: Target) -> Mapping[str, Any]:
-    """How the query is rounded to fp8: its groups, and between which lanes a group's largest magnitude is found.
-
-    steps: the bits of a lane's number that tell apart those with the same token; reciprocal: of the largest code, in fp32;
-    token_lane: which lane has the scale of a lane's token number `column`, "" where it is its own; column: that of sum number i.
-    """
-    b, d = tiles.atom.b, tiles.atom.d
-    steps, below, token_stride = [], 1, 1
-    for digit in b.lane:
-        if digit.axis == "n":
-            token_stride = below
-        else:
-            steps += [below << bit for bit in range(digit.size.bit_length() - 1)]
-        below *= digit.size
-    stays = tiles.tokens_per_lane == 1 and b.lane_expression("n") == d.lane_expression("n")
-    token = f"({d.lane_expression('n')} + column)"
-    return {
-        "columns": ACTIVATION_GROUP,
-        "groups": -(-tiles.nope_dim // ACTIVATION_GROUP),
-        "chunks": ACTIVATION_GROUP // tiles.chunk,
-        "steps": steps,
-        "least": _float_literal(LEAST_ACTIVATION),
-        "reciprocal": _float_literal(float(np.float32(1.0 / target.fp8.largest))),
-        "token_lane": "" if stays else token if token_stride == 1 else f"{token} * {token_stride}",
-        "column": d.register_expression("n", "i"),
-    }
-
-
-def _wgmma_operands(staging: Staging) -> Mapping[str, Any]:
-    """The operand lists of one instruction that multiplies a block: its sums, 4 for each token tile, then the weights."""
-    sums = staging.block_tiles * staging.tiles.atom.d.registers
-    return {
-        "sums": ", ".join(f"%{number}" for number in range(sums)),
-        "weights": ", ".join(f"%{sums + number}" for number in range(4)),
-        "operands": sums + 4,
-        "outputs": [
-            ", ".join(f'"+f"(sums[{tile}][m].sums[{i}])' for i in range(staging.tiles.atom.d.registers))
-            for tile in range(staging.block_tiles)
-        ],
-    }
-
-
 def _sink_context(sink: Sink, lowered: Lowered) -> Mapping[str, Any]:
-    parts = [segment for segment in lowered.segments if segment.sink.tensor == sink.tensor]
+    parts = [segment for segment in lowered.parts if segment.sink.tensor == sink.tensor]
     held = [(_columns(segment), _value_name(segment)) for segment in parts]
     if sink.stored is DType.UINT8:
         held += [(_scale_bytes(segment), "its scales") for segment in parts if segment.sink.groups]
@@ -409,6 +343,8 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         steps.append(f"round to {segment.carried}")
     if sink.groups:
         steps.append(f"scale groups of {sink.groups.group}")
+    if sink.row_scale:
+        steps.append("row_scale")
     steps.append(f"quantize to {out}" if out.is_fp8 else f"to {out}")
     columns = f"{_columns(segment).start}:{_columns(segment).stop}"
     place = f"{sink.tensor}[{':' if is_query else 'slot'}, {':, ' if by_head else ''}{columns}]"
@@ -417,7 +353,7 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
     chain = " -> ".join([*steps, place])
     options = ""
     if out.is_fp8:
-        options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {_float_literal(sink.quantize.limit)}"
+        options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {float_literal(sink.quantize.limit)}"
     column = "column" if segment.column == 0 else f"{segment.column} + column"
     row = f"{sink.tensor}_row(args, token, head)" if is_query else f"cache_entry(args, slot{', head' if by_head else ''})"
     if sink.segmented:
@@ -442,6 +378,9 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         "store_options": options,
         "scale": sink.scale,
         "groups": sink.groups,
+        "row_scale": sink.row_scale,
+        "beside": None,
+        "row_lanes": schedule.row_lanes(segment, pieces) if pieces else None,
         "destination": f"{row} + {column}",
         "column_offset": f" + {segment.column}" if segment.column else "",
         "rows": rows,
@@ -458,14 +397,15 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         if sink.groups:
             context["group_lanes"] = sink.groups.group // pieces.run
             context["scale_place"] = f"{_scale_bytes(segment).start} + column / {sink.groups.group} * {DType.FP32.bytes}"
+        context["piece_variables"] = ", ".join(f"{vector}[{pieces.run}]" for vector in context["vectors"])
+        context["piece_parameters"] = "".join(f", float (&{vector})[{pieces.run}]" for vector in context["vectors"])
+    if sink.row_scale:
+        beside = segment.beside and _segment_context(segment.beside, cut(segment.beside), schedule, lowered)
+        context["beside"] = beside
+        context["scale_parts"] = schedule.waves_per_workgroup + (beside["pieces"].lanes if beside else 0)
+        context["scaled_parts"] = [part for part in (context if pieces else None, beside) if part]
+        context["divisor"] = float_literal(sink.row_scale.divisor)
+        context["least"] = power_literal(LEAST_ROW_SCALE)
+        if pieces:
+            context["template"] = "stages/segment_scaled.hip.j2"
     return MappingProxyType(context)
-
-
-def _float_literal(value: float) -> str:
-    """`value` as an exact C++ float literal."""
-    return f"{value:g}.0f" if value == int(value) and abs(value) < 1e6 else f"{value.hex()}f"
-
-
-def _power_literal(value: float) -> str:
-    """A power of two as a C++ float literal."""
-    return f"0x1p{math.frexp(value)[1] - 1}f"

@@ -31,6 +31,9 @@ ACTIVATION_GROUP = 128
 LEAST_ACTIVATION = 2.0**-33
 """The magnitude that a group of q_nope is taken to reach at least, so that zeros have a scale: AITER's 1e-10, as a power of two."""
 
+LEAST_ROW_SCALE = 2.0**-126
+"""The scale of rows of zeros, and the least of all rows: the smallest normal fp32, whose reciprocal is finite."""
+
 
 @dataclass(frozen=True)
 class TensorType:
@@ -200,6 +203,32 @@ class Concat(Stage):
 
 
 @dataclass(frozen=True)
+class RowScale(Stage):
+    """One fp32 scale for each row [T,H,:]: its largest magnitude over `divisor`, or LEAST_ROW_SCALE where that is less.
+
+    NaN counts for nothing.  A row with an infinity has an infinite scale, with which Quantize makes its infinities NaN and all
+    other numbers 0.
+    """
+
+    x: str
+    divisor: float
+
+    template: ClassVar[str] = "row_scale"
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    def infer(self, types: Types) -> TensorType:
+        x = self.float_rows(self.x, types)
+        if len(x.shape) != 3:
+            raise self.reject(f"{self.x} is {x}, expected rows [T,H,:]")
+        if not self.divisor > 0:
+            raise self.reject(f"divisor={self.divisor}: must be positive")
+        return TensorType(x.shape[:-1], DType.FP32)
+
+
+@dataclass(frozen=True)
 class GroupScale(Stage):
     """The fp32 scale of every `group` neighbouring columns: the smallest power of two not below max |x| / `divisor`, nor `least`.
 
@@ -232,8 +261,8 @@ class Quantize(Stage):
     """Conversion to the output type.
 
     To fp8: code = rne(x * (1 / scale)), the reciprocal rounded to fp32 first; saturates at `fp8_max` (the format's limit where
-    None) and keeps NaN.  `scale` is one value for all, or one for each group of neighbouring columns of a row.  To bf16 or fp16:
-    round to nearest even, without a scale.  `scale` None means 1.
+    None) and keeps NaN.  `scale` is one value for all, one for each row, or one for each group of neighbouring columns of a row.
+    To bf16 or fp16: round to nearest even, without a scale.  `scale` None means 1.
     """
 
     x: str
@@ -258,11 +287,11 @@ class Quantize(Stage):
             raise self.reject(f"{self.dtype} is not an output type: bf16, fp16 or an fp8 type")
         if not self.dtype.is_fp8 and (self.scale is not None or self.fp8_max is not None):
             raise self.reject(f"a scale or fp8_max belongs to an fp8 result, this one is {self.dtype}")
-        if self.scale is not None and types[self.scale] != TensorType((), DType.FP32):
+        if self.scale is not None and types[self.scale] not in (TensorType((), DType.FP32), TensorType(x.shape[:-1], DType.FP32)):
             scale = types[self.scale]
             groups = scale.shape[-1] if scale.dtype is DType.FP32 and scale.shape[:-1] == x.shape[:-1] else None
             if not isinstance(groups, int) or x.width % groups:
-                raise self.reject(f"{self.scale} is {scale}, expected fp32[], or fp32 for groups of columns of {x}")
+                raise self.reject(f"{self.scale} is {scale}, expected fp32[], or fp32 for groups of columns or for rows of {x}")
         if not 0 < self.limit <= self.dtype.largest:
             raise self.reject(f"fp8_max={self.fp8_max} is outside (0, {self.dtype.largest:g}], what {self.dtype} can hold")
         return TensorType(x.shape, self.dtype)

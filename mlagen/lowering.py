@@ -5,11 +5,11 @@ become the segment's store.  Segments share nothing, so one launch runs them sid
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlagen.dtypes import DType
 from mlagen.errors import ProgramError
-from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize, Rope, Types
+from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize, Rope, RowScale, Types
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,12 @@ class Sink:
     cache_write: CacheWrite | None
     groups: GroupScale | None = None
     scale_write: CacheWrite | None = None
+    row_scale: RowScale | None = None
 
     @property
     def scale(self) -> str | None:
         """The input that is the scale of all rows, if there is one."""
-        return None if self.groups else self.quantize.scale
+        return None if self.groups or self.row_scale else self.quantize.scale
 
     @property
     def segmented(self) -> bool:
@@ -49,6 +50,7 @@ class Segment:
     `carried` is the type to which the value is rounded before the sink's conversion; fp32 means that it is not rounded.  `heads`
     is the argument that says how many rows a token has, "heads" or "kv_heads"; None means one.  `weight` is the element of the
     absorb's W_UK, or else of the source, and `scale_block` says how many rows and columns of W_UK share a scale, where it has any.
+    `beside` is the other part of the same rows, where one workgroup must see both because a row's scale is made of them.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Segment:
     heads: str | None
     weight: DType
     scale_block: tuple[int, int] | None
+    beside: "Segment | None" = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,14 @@ class Lowered:
         return next((sink for sink in self.sinks if sink.role == "kv"), None)
 
     @property
+    def parts(self) -> tuple[Segment, ...]:
+        """All segments, those beside another one too."""
+        pairs = [(segment, segment.beside) for segment in self.segments]
+        return tuple(part for pair in pairs for part in pair if part)
+
+    @property
     def ropes(self) -> tuple[Rope, ...]:
-        return tuple(segment.rope for segment in self.segments if segment.rope)
+        return tuple(part.rope for part in self.parts if part.rope)
 
 
 @functools.cache
@@ -110,7 +119,7 @@ def lower(program: Program) -> Lowered:
     types = program.verify()
     segments: list[Segment] = []
     for number, result in enumerate(program.results):
-        if not _writes_scales(program, result):
+        if not _is_of_scales(program, result):
             segments += _row_segments(program, types, _sink(program, types, number, result))
     _refuse_overlaps(program, types)
     used = {stage.output for stage in program.stages}
@@ -130,6 +139,10 @@ def lower(program: Program) -> Lowered:
             f"program {program.name!r}: two results have the same rows; each part of q in one, one cache write at most"
         )
     segments.sort(key=_order)
+    scaled = [segment for segment in segments if segment.sink.row_scale]
+    if len(scaled) == 2:  # one workgroup does both parts of a row, for the sake of its scale
+        beside, first = scaled
+        segments = [replace(each, beside=beside) if each is first else each for each in segments if each is not beside]
     return Lowered(dtypes.pop(), tuple(segments))
 
 
@@ -151,14 +164,20 @@ def _sink(program: Program, types: Types, number: int, result: str) -> Sink:
                 raise groups.reject(f"the scales must be those of {quantize.x!r}, and that an input")
         return Sink(number, "kv", stage.cache, cache.width, cache.dtype, quantize, stage, groups, scale_write)
     if isinstance(stage, Quantize) and len(types[result].shape) == 3:
-        return Sink(number, "q", result, types[result].width, stage.dtype, stage, None)
+        scale = program.producer(stage.scale) if stage.scale else None
+        row_scale = scale if isinstance(scale, RowScale) else None
+        if row_scale and row_scale.output not in program.results:
+            raise row_scale.reject("the scales are no result: nobody could read the codes")
+        if row_scale and row_scale.x != stage.x:
+            raise row_scale.reject(f"the scales must be those of {stage.x!r}")
+        return Sink(number, "q", result, types[result].width, stage.dtype, stage, None, row_scale=row_scale)
     raise ProgramError(f"program {program.name!r}: its result {result!r} is neither a quantised [T,H,:] query nor a cache write")
 
 
-def _writes_scales(program: Program, result: str) -> bool:
-    """Whether a result is the write of scales, which goes with that of their codes."""
+def _is_of_scales(program: Program, result: str) -> bool:
+    """Whether a result is made of scales, which go with their codes: the write of them, or those of rows."""
     stage = program.producer(result)
-    return isinstance(stage, CacheWrite) and isinstance(program.producer(stage.x), GroupScale)
+    return isinstance(stage, RowScale) or (isinstance(stage, CacheWrite) and isinstance(program.producer(stage.x), GroupScale))
 
 
 def _refuse_overlaps(program: Program, types: Types) -> None:
@@ -204,7 +223,7 @@ def _row_segments(program: Program, types: Types, sink: Sink) -> list[Segment]:
 
 def _names(program: Program, segment: Segment) -> set[str]:
     sink = segment.sink
-    stages = (segment.absorb, segment.rope, sink.quantize, sink.cache_write, sink.groups, sink.scale_write)
+    stages = (segment.absorb, segment.rope, sink.quantize, sink.cache_write, sink.groups, sink.scale_write, sink.row_scale)
     names = {stage.output for stage in stages if stage}
     concat = program.producer(segment.sink.quantize.x)
     return names | ({concat.output} if isinstance(concat, Concat) else set())

@@ -5,7 +5,7 @@
     torch.ops.mlagen.decode_prologue_q(q, q_pe?, packed?, positions?, cos_sin_cache?, sin?, q_scale?, *, spec, arch="",
                                        q_heads=None) -> q_out
     torch.ops.mlagen.decode_prologue_pair(q, q_pe?, kv_c?, k_pe?, packed?, kv_cache?, slot_mapping?, positions?, cos_sin_cache?,
-                                          sin?, q_scale?, k_scale?, *, spec, arch="", q_heads=None) -> (ql_nope_out, q_pe_out)
+                                          sin?, q_scale?, k_scale?, *, spec, arch="", q_heads=None) -> a pair
     torch.ops.mlagen.decode_prologue_kv(kv_c, k_pe?, kv_cache, slot_mapping, positions?, cos_sin_cache?, sin?, k_scale?, *, spec,
                                         arch="") -> ()
     torch.ops.mlagen.pack_weights(w_uk, scale=None, *, spec, arch="") -> packed
@@ -346,7 +346,9 @@ def _check_query(
         checker.packed(packed, packed_head)
     else:
         checker.no_weights(packed)
-    if scale is not None:
+    if wanted.q_scaling == "token":
+        checker.no_scale(scale)
+    elif scale is not None:
         checker.scale("q_scale", scale)
     return tokens
 

@@ -15,6 +15,7 @@ from mlagen.dtypes import DType
 from mlagen.ir import (
     ACTIVATION_GROUP,
     LEAST_ACTIVATION,
+    LEAST_ROW_SCALE,
     CacheWrite,
     Concat,
     GroupScale,
@@ -22,6 +23,7 @@ from mlagen.ir import (
     QAbsorb,
     Quantize,
     Rope,
+    RowScale,
     Stage,
 )
 from mlagen.torch_types import torch_dtype
@@ -162,6 +164,8 @@ def _quantize(stage: Quantize, values: Mapping[str, Bounded]) -> Bounded:
     if not stage.dtype.is_fp8:
         return x.map(lambda end: end.float().to(torch_dtype(stage.dtype)))
     scale = values.get(stage.scale) if stage.scale else None
+    if scale is not None and 0 < scale.exact.dim() == x.exact.dim() - 1:
+        return _quantize_rows(stage, x, scale)
     inverse = torch.ones(()) if scale is None else 1.0 / scale.exact.float()
     if inverse.dim() > 1:  # one for each group of columns
         inverse = inverse.repeat_interleave(x.exact.shape[-1] // inverse.shape[-1], -1)
@@ -178,6 +182,31 @@ def _quantize(stage: Quantize, values: Mapping[str, Bounded]) -> Bounded:
     return scaled.map(lambda end: saturating_fp8(end, stage.dtype, stage.limit))
 
 
+def _quantize_rows(stage: Quantize, x: Bounded, scale: Bounded) -> Bounded:
+    """With a scale for each row, of which only bounds are known, too.
+
+    A kernel's value and its scale may be anywhere within their bounds: the least product and the greatest are at the ends of both.
+    """
+    small, inverse, large = ((1.0 / each.float()).double().unsqueeze(-1) for each in (scale.high, scale.exact, scale.low))
+    low = torch.minimum(x.low * small, x.low * large)
+    high = torch.maximum(x.high * small, x.high * large)
+    product = (x.exact * inverse).float().double()
+    certain = ((x.low == x.high) & (small == large)) | product.isnan()
+    margin = 2 * UNIT_ROUNDOFF * torch.maximum(low.abs(), high.abs()) + SMALLEST_NORMAL
+    scaled = Bounded(torch.where(certain, product, low - margin), product, torch.where(certain, product, high + margin))
+    return scaled.map(lambda end: saturating_fp8(end, stage.dtype, stage.limit))
+
+
+def _row_scale(stage: RowScale, values: Mapping[str, Bounded]) -> Bounded:
+    x = values[stage.x]
+    # The magnitudes that a value within its bounds may have: the nearest to zero, and the farthest from it.
+    near = torch.where((x.low <= 0) & (x.high >= 0), 0.0, torch.minimum(x.low.abs(), x.high.abs()))
+    far = torch.maximum(x.low.abs(), x.high.abs())
+    nan = x.exact.isnan()
+    largest = Bounded(*(torch.where(nan, 0.0, each).amax(-1) for each in (near, x.exact.abs(), far)))
+    return largest.map(lambda end: (end.float() / stage.divisor).clamp(min=LEAST_ROW_SCALE).double())
+
+
 def _cache_write(stage: CacheWrite, values: Mapping[str, Bounded]) -> Bounded:
     return values[stage.x]
 
@@ -189,6 +218,7 @@ _MEANINGS: Mapping[type[Stage], Callable[..., Bounded]] = {
     GroupScale: _group_scale,
     Quantize: _quantize,
     CacheWrite: _cache_write,
+    RowScale: _row_scale,
 }
 
 

@@ -63,6 +63,7 @@ class Kernel:
         self._out_dtype = self._checker.fp8 if spec.q_dtype == "fp8" else self._checker.model
         self._absorbs, self._has_rope, self._rotates = spec.absorbs, spec.rope_dim > 0, spec.rope_style != "none"
         self._writes_q, self._returns_one = spec.write_q, len(spec.q_results) == 1
+        self._computes_scales = spec.q_scaling == "token"
         self._checks_slots = device.type == "cpu" and spec.write_kv
         both = (False, True)
         self._forms = {(q_pair, table_pair): self._form(q_pair, table_pair) for q_pair in both for table_pair in both}
@@ -75,6 +76,8 @@ class Kernel:
             unread |= {"positions", "cos_sin_cache", "sin"}
         if not self.spec.write_q:
             unread |= {"q", "q_pe", "q_scale", "out"}
+        if self.spec.q_scaling == "token":
+            unread.add("q_scale")
         if len(self.spec.q_results) < 2:
             unread.add("out_second")
         if not self.spec.write_kv:
@@ -149,6 +152,10 @@ class Kernel:
 
         With q_split=True the query is the pair ql_nope_out [T,H',L], q_pe_out [T,H',R], which `out` then takes, too.
 
+        With q_scaling="token" it is the pair q_out, q_scales [T,H'] in fp32, value = code * scale, and q_scale must be None.  A
+        row's scale is its largest magnitude over the fp8 limit, at least 2^-126, which rows of zeros have.  NaN counts for nothing
+        there and stays NaN in q_out.  A row with an infinity has an infinite scale: its infinities become NaN, its other codes 0.
+
         What a spec leaves out is not read and may be None.  With write_kv=False these are kv_c, k_pe, kv_cache, slot_mapping and
         k_scale.  With write_q=False they are q and q_scale; packed and out must be None, T is the number of kv_c's rows, and the
         call returns None.
@@ -173,6 +180,8 @@ class Kernel:
             cos, sin = self._checker.pair("cos_sin_cache", "(cos, sin)", cos_sin_cache)
             table_pair = True
         if not self._returns_one:
+            if self._computes_scales:
+                self._checker.no_scale(q_scale)
             first, second = self._outputs(q0, out)
         elif out is None and isinstance(q0, torch.Tensor) and q0.dim():
             first = torch.empty((q0.shape[0], self.spec.heads, self.spec.entry_dim), dtype=self._out_dtype, device=self.device)

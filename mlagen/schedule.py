@@ -6,6 +6,7 @@ in shared memory.  The other segments are cut into pieces of a few consecutive e
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from mlagen.errors import ScheduleError
 from mlagen.lowering import Lowered, Segment
 from mlagen.staging import Staging
 from mlagen.target import MmaAtom, Target
-from mlagen.tiles import AbsorbTiles
+from mlagen.tiles import FRAGMENT_BYTES, AbsorbTiles
 
 PIECE_ELEMENTS = 16
 """Elements of a row that one lane copies: 16 fp8 codes are one 128-bit store."""
@@ -28,6 +29,12 @@ has enough warps, and a lane's fp8 codes still fill a word."""
 M_TILES_OF_CODES = {"amd": (4, 2, 1), "nvidia": (1,)}
 """The same where the weights are codes that become the model's dtype in registers.  NVIDIA: one, so that a wave, whose
 conversion is in the way of its product, has less to convert; found on an H200 with 16 heads."""
+
+M_TILES_OF_ROWS = (4, 2, 1)
+"""The same, on all platforms, where one workgroup has all latent tiles of a head: fewer waves have more registers each."""
+
+MOST_PASSES = 12
+"""Latent tiles that a wave makes of one token tile: compilers unroll them, so that their sums stay in registers."""
 
 MAX_THREADS = 1024
 """Lanes of a workgroup, on all targets."""
@@ -93,6 +100,8 @@ class Schedule:
 
     With `staging`, absorb workgroups find their query in shared memory, and they come first in the grid: they are few and large,
     and the rows of the other segments fill what they leave.  Without it the others come first: their chains of loads are longer.
+    `passes` is the number of latent tiles that a wave makes of each token tile: more than one where a workgroup needs whole rows,
+    for their scales, and has too few registers for the weights of a head.  It then loads them again for each token tile.
     """
 
     wave: int
@@ -103,9 +112,10 @@ class Schedule:
     absorb: AbsorbTiles | None
     pieces: tuple[Pieces | None, ...]
     staging: Staging | None = None
+    passes: int = 1
 
     def __post_init__(self) -> None:
-        if self.absorb and self.absorb.l_tiles % self.waves_per_workgroup:
+        if self.absorb and self.absorb.l_tiles % (self.waves_per_workgroup * self.passes):
             raise ScheduleError(
                 f"waves_per_workgroup={self.waves_per_workgroup} does not divide {self.absorb.l_tiles} latent tiles of a head"
             )
@@ -128,7 +138,11 @@ class Schedule:
     def workgroups_per_head(self) -> int:
         """Absorb workgroups that share a head's weights, for one split of the tokens."""
         assert self.absorb is not None, "only an absorb has workgroups per head"
-        return self.absorb.l_tiles // self.waves_per_workgroup
+        return self.absorb.l_tiles // (self.waves_per_workgroup * self.passes)
+
+    def row_lanes(self, segment: Segment, pieces: Pieces) -> int:
+        """Lanes that share a row of an elementwise segment: a whole wave where they find its scale together."""
+        return self.wave if segment.sink.row_scale else pieces.lanes
 
     def launch(
         self, segments: tuple[Segment, ...], tokens: int, heads: int, *, token_tiles: int | None = None, kv_heads: int = 1
@@ -145,7 +159,7 @@ class Schedule:
         for segment, pieces in zip(segments, self.pieces, strict=True):
             if pieces is not None:
                 rows = tokens * {"heads": heads, "kv_heads": kv_heads, None: 1}[segment.heads]
-                workgroups.append(-(-rows * pieces.lanes // self.threads))
+                workgroups.append(-(-rows * self.row_lanes(segment, pieces) // self.threads))
                 continue
             assert self.absorb is not None, "a segment without pieces is the absorb"
             tiles = -(-tokens // self.absorb.token_tile)
@@ -184,7 +198,16 @@ def choose_schedule(
     Raises ScheduleError where the given values do not fit the shape, the registers or the target.
     """
     absorb = staging = None
-    if lowered.absorb:
+    passes = 1
+    scaled = any(sink.row_scale for sink in lowered.queries)
+    if scaled and (waves_per_workgroup != 1 or block is not None):
+        what = f"waves_per_workgroup={waves_per_workgroup}" if block is None else f"block={block}"
+        raise ScheduleError(f"{what}: rows with scales of their own need whole rows in a workgroup, which says how large it is")
+    if lowered.absorb and scaled:
+        absorb, waves_per_workgroup, passes = _choose_whole_rows(
+            lowered.absorb, target, target.atom(lowered.operand_dtype), m_tiles
+        )
+    elif lowered.absorb:
         absorb = _choose_tiles(lowered.absorb, target, target.atom(lowered.operand_dtype), m_tiles)
         registers = absorb.registers
         if block is not None:
@@ -204,6 +227,7 @@ def choose_schedule(
         absorb=absorb,
         pieces=tuple(None if segment.absorb else cut(segment) for segment in lowered.segments),
         staging=staging,
+        passes=passes,
     )
 
 
@@ -218,6 +242,29 @@ def _choose_tiles(segment: Segment, target: Target, atom: MmaAtom, m_tiles: int 
         if candidate == 1 or tiles.weight_registers <= WEIGHT_REGISTERS[target.platform]:
             return tiles
     raise ScheduleError(f"lora_rank={segment.width} is not a multiple of the atom's {atom.m} rows")
+
+
+def _choose_whole_rows(segment: Segment, target: Target, atom: MmaAtom, m_tiles: int | None) -> tuple[AbsorbTiles, int, int]:
+    """Tiles, waves and passes with which one workgroup has all latent tiles of a head: in as few passes as registers allow."""
+    candidates = M_TILES_OF_ROWS if m_tiles is None else (m_tiles,)
+    whole = [AbsorbTiles(atom, segment.source_width, segment.width, m) for m in candidates if segment.width % (m * atom.m) == 0]
+    rounds = segment.absorb is not None and segment.absorb.activation is not None
+    for passes, tiles in itertools.product(range(1, MOST_PASSES + 1), whole):
+        if passes > 1 and tiles.m_tiles > 1 and tiles.weight_registers > WEIGHT_REGISTERS[target.platform]:
+            continue
+        waves, left = divmod(tiles.l_tiles, passes)
+        kept = 2 * passes * tiles.m_tiles * atom.d.registers  # sums, and the values made of them
+        arriving = 4 * tiles.chunks * FRAGMENT_BYTES // 4 if rounds else 0  # the query before it is codes, and its magnitudes
+        # AMD's compiler asks for the weights of a pass before it is done with those of the last.
+        next_weights = tiles.weight_registers if passes > 1 and target.platform == "amd" else 0
+        registers = tiles.registers + next_weights + kept + arriving + OTHER_REGISTERS
+        fits = registers <= target.registers_per_wave_lane and waves * target.wave <= MAX_THREADS
+        if not left and fits and target.waves_per_simd(registers) * target.simds_per_cu >= waves:
+            return tiles, waves, passes
+    raise ScheduleError(
+        f"lora_rank={segment.width} with nope_dim={segment.source_width}: a row with a scale of its own is made in one workgroup, "
+        f"and no number of waves of {target.arch} has the registers for that; use q_scaling='static'"
+    )
 
 
 def _choose_staging(lowered: Lowered, target: Target, tiles: AbsorbTiles, block: int) -> Staging:

@@ -17,6 +17,7 @@ from mlagen.ir import (
     QAbsorb,
     Quantize,
     Rope,
+    RowScale,
     Stage,
     TensorType,
 )
@@ -26,6 +27,7 @@ ROPE_STYLES = ("none", "gptj", "neox")
 ROUNDINGS = ("fused", "stepwise")
 WEIGHT_CODES = ("fp8", "fp8-block", "mxfp4")
 COMPUTES = ("a16", "a8")
+Q_SCALINGS = ("static", "token")
 KV_LAYOUTS = ("paged", "segmented", "fp8_ds_mla")
 MAX_NOPE_DIM, MAX_LORA_RANK, MAX_ROPE_DIM, MAX_HEADS = 512, 2048, 512, 4096
 
@@ -62,10 +64,12 @@ class PrologueSpec:
     format for sparse attention, bytes: L fp8 codes, L/128 fp32 scales of 128 codes each, which the kernel computes (ir.GroupScale),
     and R rotary values of the model's dtype.  It needs kv_dtype "fp8", and k_scale and fp8_max do not concern it.
 
-    q_split=True gives the query as two tensors, ql_nope [T,H,L] and q_pe [T,H,R], each with strides of its own; nope_first then
-    speaks of the cache alone.  write_q=False leaves the query out: only the cache is written, nothing absorbs.  write_kv=False
-    leaves the cache out: only the query is made.  A field of what is left out has no meaning and is set to one value, so that equal
-    kernels have equal specs: with write_q=False weight is "none" and q_dtype the model's dtype, with write_kv=False kv_dtype is.
+    q_scaling="token" computes the scale of each row (token, head) of an fp8 q_out, the row's largest magnitude over fp8_max or the
+    format's limit, and returns the scales; "static" is one scale, which the call brings.  q_split=True gives the query as two
+    tensors, ql_nope [T,H,L] and q_pe [T,H,R], each with strides of its own; nope_first then speaks of the cache alone.
+    write_q=False leaves the query out: only the cache is written, nothing absorbs.  write_kv=False leaves the cache out: only the
+    query is made.  A field of what is left out has no meaning and is set to one value, so that equal kernels have equal specs: with
+    write_q=False weight is "none" and q_dtype the model's dtype, with write_kv=False kv_dtype is.
 
     Raises SpecError, naming the field, what it was and what it may be.
     """
@@ -83,6 +87,7 @@ class PrologueSpec:
     fp8_max: float | None = None
     nope_first: bool = True
     compute: str = "a16"
+    q_scaling: str = "static"
     q_split: bool = False
     write_q: bool = True
     write_kv: bool = True
@@ -103,6 +108,7 @@ class PrologueSpec:
         self._check_choice("kv_dtype", ("fp8", self.dtype))
         self._check_choice("rounding", ROUNDINGS)
         self._check_choice("compute", COMPUTES)
+        self._check_choice("q_scaling", Q_SCALINGS)
         self._check_width("kv_heads", 1, MAX_HEADS, 1)
         self._check_choice("kv_layout", KV_LAYOUTS)
         for field in ("nope_first", "q_split", "write_q", "write_kv"):
@@ -113,6 +119,13 @@ class PrologueSpec:
             raise SpecError("q_split=True with rope_dim=0: there is nothing to split, leave q_split out")
         if self.q_split and not self.write_q:
             raise SpecError("q_split=True with write_q=False: there is no query to split, leave one of them out")
+        if self.q_scaling == "token":
+            for field, wanted in (("write_q", True), ("q_dtype", "fp8"), ("q_split", False)):
+                if getattr(self, field) != wanted:
+                    value = getattr(self, field)
+                    raise SpecError(
+                        f"q_scaling='token' with {field}={value!r}: rows of a joined fp8 q_out have a scale of their own"
+                    )
         self._set_what_has_no_meaning()
         if self.rope_dim == 0 and self.rope_style != "none":
             raise SpecError(f"rope_style={self.rope_style!r} with rope_dim=0: there is nothing to rotate, use rope_style='none'")
@@ -206,6 +219,7 @@ class PrologueSpec:
         fp8_max: float | None = None,
         nope_first: bool = True,
         compute: str = "a16",
+        q_scaling: str = "static",
         q_split: bool = False,
         write_q: bool = True,
         write_kv: bool = True,
@@ -231,6 +245,7 @@ class PrologueSpec:
             fp8_max=fp8_max,
             nope_first=nope_first,
             compute=compute,
+            q_scaling=q_scaling,
             q_split=q_split,
             write_q=write_q,
             write_kv=write_kv,
@@ -253,6 +268,8 @@ class PrologueSpec:
         """The names of the tensors that a call returns, as `out` has them too; none where no query is written."""
         if not self.write_q:
             return ()
+        if self.q_scaling == "token":
+            return ("q_out", "q_scales")
         return ("ql_nope_out", "q_pe_out") if self.q_split else ("q_out",)
 
     @property
@@ -353,6 +370,9 @@ class PrologueSpec:
             if self.rope_dim:
                 rotary = rotated(take(pe, pe_shape, dtype))
                 x = add(Concat(f"{output}_row", *((latent, rotary) if self.nope_first else (rotary, latent))))
+            if scale == "q_scales":
+                limit = target.fp8.largest if self.fp8_max is None else self.fp8_max
+                return add(Quantize(output, x, self.output_dtype(name, target), add(RowScale(scale, x, limit)), self.fp8_max))
             return quantized(output, x, name, scale)
 
         inner = ("K",) if self.kv_heads > 1 else ()
@@ -376,7 +396,9 @@ class PrologueSpec:
                 results.append(quantized("ql_nope_out", latent, self.q_dtype, "q_scale"))
                 results.append(quantized("q_pe_out", rotated(take("q_pe", q_pe_shape, dtype)), self.q_dtype, "q_scale"))
             else:
-                results.append(row("q_out", latent, "q_pe", q_pe_shape, self.q_dtype, "q_scale"))
+                q_scale = "q_scales" if self.q_scaling == "token" else "q_scale"
+                results.append(row("q_out", latent, "q_pe", q_pe_shape, self.q_dtype, q_scale))
+                results += ["q_scales"] if self.q_scaling == "token" else []
         if self.write_kv:
             kv_c = take("kv_c", ("T", *inner, self.lora_rank), dtype)
             if self.kv_layout == "fp8_ds_mla":

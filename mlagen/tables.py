@@ -78,7 +78,7 @@ def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False
     if dependent and not target.dependent_launch:
         raise ScheduleError(f"{target.arch} starts no kernel before the one before it has ended: leave pdl out")
     fallback = (Range(None, Layout(dependent=dependent)),)
-    if not spec.absorbs:
+    if not spec.absorbs or spec.q_scaling == "token":
         return fallback
     entries = [entry for entry in _entries(target.arch, os.environ.get("MLAGEN_TABLES", "")) if entry.dependent == dependent]
     if not entries:

@@ -144,6 +144,8 @@ def _positions(workload: Workload, generator: torch.Generator) -> torch.Tensor:
 def _query_output(kernel: Kernel, workload: Workload, name: str) -> Guarded:
     spec, tokens, type_ = kernel.spec, workload.tokens, kernel.spec.program(kernel.target).verify()[name]
     heads = spec.heads + (3 if workload.out == "spare heads" else 0)
+    if name == "q_scales":
+        return Guarded((tokens, heads), (heads + 3, 1), torch.float32, kernel.device)
     width = type_.width
     row = width + (0 if workload.out == "dense" else 5 if name != "q_pe_out" else 9)
     strides = (row, tokens * row + 3, 1) if workload.out == "head major" else (heads * row, row, 1)
@@ -198,7 +200,8 @@ def _arguments(kernel: Kernel, case: verify.Case, workload: Workload) -> dict[st
     }
     if workload.bytes_cache and spec.write_kv and arguments["kv_cache"].dtype.itemsize == 1:
         arguments["kv_cache"] = arguments["kv_cache"].view(torch.uint8)
-    unread = () if spec.write_q else ("q", "q_scale")
+    unread = () if spec.write_q else ("q",)
+    unread += () if spec.write_q and spec.q_scaling == "static" else ("q_scale",)
     unread += () if spec.write_kv else ("kv_c", "k_pe", "kv_cache", "slot_mapping", "k_scale")
     return arguments | dict.fromkeys(unread)
 
@@ -260,7 +263,7 @@ def covering(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool
     while missing:
         fixed = dict(next(iter(missing)))
         candidates = (
-            {name: fixed.get(name, chooser.randrange(len(values))) for name, values in factors.items()} for _ in range(1000)
+            {name: fixed.get(name, chooser.randrange(len(values))) for name, values in factors.items()} for _ in range(4000)
         )
         legal = list(itertools.islice((each for each in candidates if allowed(_values(factors, each))), 40))
         if not legal:  # no row of its kind is allowed

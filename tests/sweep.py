@@ -38,7 +38,7 @@ SPEC_FACTORS = {
     "kv_layout": ("paged", "segmented", "fp8_ds_mla"),
     "compute": ("a16", "a8"),
     "results": ("both", "query", "cache"),
-    "q_form": ("joined", "split"),
+    "q_form": ("joined", "split", "token"),
 }
 
 LAUNCH_FACTORS = {
@@ -74,6 +74,9 @@ def sensible(row: Row) -> bool:
     unsplit = row["rope_dim"] == 0 or row["results"] == "cache"
     if row["q_form"] == "split" and unsplit:
         return False
+    too_large = row["weight"] != "none" and row["nope_dim"] == 512  # on sm_90, for whole rows in a workgroup
+    if row["q_form"] == "token" and (too_large or not q_fp8):
+        return False
     if row["kv_layout"] != "paged":
         if row["kv_heads"] > 1 or not row["nope_first"]:
             return False
@@ -95,6 +98,7 @@ def spec_of(row: Row, heads: int) -> PrologueSpec:
         weight=dtype if row["weight"] == "model" else row["weight"],
         q_dtype="fp8" if row["q_fp8"] else dtype,
         kv_dtype="fp8" if row["kv_fp8"] else dtype,
+        q_scaling="token" if row["q_form"] == "token" else "static",
         q_split=row["q_form"] == "split",
         write_q=row["results"] != "cache",
         write_kv=row["results"] != "query",

@@ -37,11 +37,12 @@ def kernel_candidate(kernel: Kernel, workload: Workload, packed: Sequence[torch.
     packed = pack(kernel, workload) if packed is None else packed
     caches = [workload.paged(layer) for layer in range(workload.layers)]
     out = workload.out()
+    q_scale = workload.q_scale if workload.spec.q_scaling == "static" else None
 
     def launch(layer: int) -> Result:
         kernel(
             workload.q, workload.kv_c, workload.k_pe, packed[layer] if packed else None, caches[layer], workload.slot_mapping,
-            workload.positions, workload.cos_sin_cache, q_scale=workload.q_scale, k_scale=workload.k_scale, out=out,
+            workload.positions, workload.cos_sin_cache, q_scale=q_scale, k_scale=workload.k_scale, out=out,
         )  # fmt: skip
         return out
 

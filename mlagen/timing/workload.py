@@ -91,6 +91,8 @@ class Workload:
         """What a kernel takes as `out`, to write to."""
         if self.spec.q_split:
             return self.empty(self.spec.lora_rank, self.q_dtype), self.empty(self.spec.rope_dim, self.q_dtype)
+        if self.spec.q_scaling == "token":
+            return self.empty(self.spec.entry_dim, self.q_dtype), self.empty(1, torch.float32)[..., 0]
         return self.empty(self.spec.entry_dim, self.q_dtype) if self.spec.write_q else None
 
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:

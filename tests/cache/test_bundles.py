@@ -228,13 +228,14 @@ def test_without_jit_and_compiler_the_error_names_the_kernel_and_the_command(spe
         {"kv_layout": "segmented"},
         {"kv_layout": "fp8_ds_mla"},
         {"kv_heads": 2},
+        {"q_scaling": "token"},
         {"q_split": True},
         {"write_q": False},
         {"write_kv": False},
     ],
     ids=[
         *("fp8", "bf16", "no weight", "stepwise", "rope first", "segmented", "fp8_ds_mla", "KV heads"),
-        *("split", "no query", "no cache"),
+        *("token", "split", "no query", "no cache"),
     ],
 )
 def test_the_command_in_the_error_builds_the_missing_kernel(monkeypatch, tmp_path, options):

@@ -80,6 +80,7 @@ class TestInputs:
             {"kv_heads": 2},
             {"kv_layout": "segmented"},
             {"lora_rank": 128, "kv_layout": "fp8_ds_mla"},
+            {"q_scaling": "token"},
             {"q_split": True},
             {"write_q": False},
             {"write_kv": False},

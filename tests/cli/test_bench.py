@@ -55,7 +55,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("option", ["--no-write-q", "--no-write-kv", "--q-split"])
+@pytest.mark.parametrize("option", ["--no-write-q", "--no-write-kv", "--q-split", "--q-scaling=token"])
 def test_other_results_have_no_peers(gpu, option):
     result = run("bench", *MODEL, "--tokens", "1,5", "--peers", "eager,bmm", option)
     lines = said(result)

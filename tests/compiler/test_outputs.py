@@ -10,6 +10,14 @@ from mlagen.spec import PrologueSpec
 from mlagen.target import find_target
 
 SPECS: dict[str, dict[str, Any]] = {
+    "scales for rows": {"q_scaling": "token"},
+    "scales for absorbed rows": {"q_scaling": "token", "weight": "none", "rope_style": "neox"},
+    "scales for rows, 192 columns": {"q_scaling": "token", "nope_dim": 192},
+    "scales for rows in passes": {"q_scaling": "token", "nope_dim": 256, "lora_rank": 1024, "rounding": "stepwise"},
+    "scales for rows, fp8 weights": {"q_scaling": "token", "weight": "fp8", "fp8_max": 224},
+    "scales for rows, fp8 blocks": {"q_scaling": "token", "weight": "fp8-block", "nope_dim": 192},
+    "scales for rows, mxfp4": {"q_scaling": "token", "weight": "mxfp4", "rope_style": "neox"},
+    "scales for rows, a8": {"q_scaling": "token", "weight": "fp8", "compute": "a8", "kv_layout": "fp8_ds_mla"},
     "a split query": {"q_split": True},
     "a split bf16 query": {"q_split": True, "q_dtype": "bf16", "rope_style": "neox"},
     "the query alone": {"write_kv": False},

@@ -22,6 +22,7 @@ SPECS = {
     "neox-stepwise": small_spec(rope_style="neox", rounding="stepwise", q_dtype="bf16"),
     "fp16": small_spec(dtype="fp16", lora_rank=128, nope_dim=64, kv_dtype="fp16"),
     "absorbed": small_spec(weight="none", rope_style="none"),
+    "token": small_spec(q_scaling="token"),
     "split": small_spec(q_split=True, lora_rank=128),
     "fp8 weights": small_spec(weight="fp8", q_dtype="bf16"),
     "fp8-block": small_spec(weight="fp8-block", nope_dim=192, lora_rank=160),

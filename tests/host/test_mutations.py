@@ -38,6 +38,10 @@ SPECS = {
     "fp8-block": small_spec(weight="fp8-block", nope_dim=192, lora_rank=160),
     "mxfp4": small_spec(weight="mxfp4", nope_dim=96),
     "a8": small_spec(weight="fp8", compute="a8", nope_dim=208),
+    "token": small_spec(q_scaling="token"),
+    "token, neox": small_spec(q_scaling="token", rope_style="neox"),
+    "token, absorbed": small_spec(q_scaling="token", weight="none"),
+    "token, passes": small_spec(q_scaling="token", nope_dim=192, lora_rank=512),
 }
 
 # Guard bytes surround what a mutation may reach: one token past the last (31 of two tiles of 16), the slot before the first.
@@ -136,6 +140,46 @@ MUTATIONS = (
         "head * args.q_pe_out_head_stride",
         "split",
     ),
+    # scales of rows
+    Mutation("a wave's magnitude dropped", "if (l_first == 0) magnitudes", "if (l_first == 0 && wave != 1) magnitudes", "token"),
+    Mutation("half of the lanes dropped", "largest_of_lanes<16, 64>", "largest_of_lanes<16, 32>", "token"),
+    Mutation("other tokens' lanes taken, too", "largest_of_lanes<16, 64>", "largest_of_lanes<8, 64>", "token"),
+    Mutation("one column of a lane dropped", "int i = 0; i < N; ++i) magnitude", "int i = 1; i < N; ++i) magnitude", "token"),
+    Mutation("the rotary magnitude dropped", "[WAVES + piece] = magnitude", "[WAVES + piece] = 0.0f", "token"),
+    Mutation("a rotary piece dropped", "[WAVES + piece] = magnitude", "[WAVES] = magnitude", "token"),
+    Mutation(
+        "the rotary magnitude of halves", "magnitude = larger(magnitude, high)", "magnitude = larger(magnitude, low)", "token, neox"
+    ),
+    Mutation("the magnitude before the rotation", "rotate<8>(x, cos, sin);\n}", "}", "token"),
+    Mutation(
+        "a pass dropped", "pass < PASSES; ++pass) magnitude", "pass < PASSES - 1; ++pass) magnitude", "token, passes", "sm_90"
+    ),
+    Mutation("a pass for all", "to + (pass * WAVES + wave) * L_TILE", "to + wave * L_TILE", "token, passes", "sm_90"),
+    Mutation("weights of a pass for all", "l_tile = pass * WAVES + wave", "l_tile = wave", "token, passes", "sm_90"),
+    Mutation("lanes of a row dropped", "largest_of_lanes<1, WAVE>", "largest_of_lanes<2, WAVE>", "token, absorbed"),
+    Mutation("pieces of a row dropped", "piece < 6; piece += WAVE", "piece < 5; piece += WAVE", "token, absorbed"),
+    Mutation("negative values have no magnitude", "x < 0.0f ? -x : x;", "x;", "token"),
+    Mutation("a NaN is the largest", "other > magnitude ? other : magnitude", "magnitude >= other ? magnitude : other", "token"),
+    Mutation("no barrier", "        barrier();\n", "", "token"),
+    Mutation("scale of the other flavour", "magnitude / 240.0f", "magnitude / 448.0f", "token"),
+    Mutation(
+        "scale of a neighbour's row",
+        "*to = row_scale(larger(0.0f, magnitudes[row]))",
+        "*to = row_scale(larger(0.0f, magnitudes[0]))",
+        "token",
+    ),
+    Mutation(
+        "codes by a neighbour's scale",
+        "1.0f / row_scale(larger(0.0f, magnitudes[row]))",
+        "1.0f / row_scale(larger(0.0f, magnitudes[0]))",
+        "token",
+    ),
+    Mutation("codes multiplied by the scale", "1.0f / row_scale", "row_scale", "token"),
+    Mutation("scales of one head only", "args.q_scales_token_stride + head", "args.q_scales_token_stride", "token"),
+    Mutation("scales by q_out's stride", "token * args.q_scales_token_stride", "token * args.heads", "token"),
+    Mutation("a scale past the last token", "if (token < args.tokens) *to", "*to", "token"),
+    Mutation("a row past the last token", "if (token < args.tokens) quantize", "quantize", "token"),
+    Mutation("scale of one lane dropped", "if (lane == 0) args.q_scales", "if (lane == 1 && row) args.q_scales", "token, absorbed"),
     # conversions
     Mutation("saturation dropped", "saturate(x[i] * inverse_scale, limit)", "x[i] * inverse_scale"),
     Mutation("NaN not kept", "x < -limit ? -limit : x > limit ? limit : x", "std::max(-limit, std::min(limit, x))"),

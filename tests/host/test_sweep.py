@@ -67,7 +67,9 @@ def test_the_sweep_covers_every_pair(factors, rows, allowed):
         if allowed and (one, two) == ("kv_fp8", "kv_layout"):
             wanted -= {(False, "fp8_ds_mla")}
         if allowed and two == "q_form":
-            wanted -= {"rope_dim": {(0, "split")}, "results": {("cache", "split")}}.get(one, set())
+            split, token = {(0, "split")}, {(False, "token")}
+            cache = {("cache", "split"), ("cache", "token")}
+            wanted -= {"rope_dim": split, "results": cache, "q_fp8": token}.get(one, set())
         if allowed and (one, two) == ("weight", "compute"):
             wanted -= {(weight, "a8") for weight in factors[one] if weight != "fp8"}
         if allowed and (one, two) == ("nope_dim", "weight"):

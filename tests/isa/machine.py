@@ -118,7 +118,7 @@ def _outputs(launch: Launch) -> list[torch.Tensor]:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers."""
-    return tensor.view({1: torch.uint8, 2: torch.int16}[tensor.dtype.itemsize])
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
 def check(pair: Pair, workload: Workload, *, preload: bool = True) -> list[WaveTrace]:

@@ -62,6 +62,13 @@ SCENARIOS = (
     Scenario("segmented, odd strides, bf16", {**BF16_OUTPUTS, "kv_layout": "segmented", "rope_dim": 10}, work(5, **ODD)),
     Scenario("fp8_ds_mla", {"kv_layout": "fp8_ds_mla"}, work(9)),
     Scenario("fp8_ds_mla, odd strides", {"kv_layout": "fp8_ds_mla", "lora_rank": 128, "rope_dim": 10}, work(5, **ODD)),
+    Scenario("scales for rows", {"q_scaling": "token"}, work(17)),
+    Scenario(
+        "scales for rows, NaN, neox, stepwise",
+        {"q_scaling": "token", "rope_style": "neox", "rounding": "stepwise"},
+        work(9, special=True),
+    ),
+    Scenario("scales for absorbed rows", {"q_scaling": "token", "weight": "none"}, work(5)),
     Scenario("a split query", {"q_split": True}, work(17, **ODD)),
     Scenario("a split bf16 query", {"q_split": True, "q_dtype": "bf16", "rope_style": "neox", "write_kv": False}, work(5)),
     Scenario("the cache alone", {"write_q": False}, work(17, **ODD)),

@@ -48,12 +48,13 @@ def test_each_spec_has_one_text_that_gives_it_back():
     specs |= {dataclasses.replace(spec, kv_layout="segmented") for spec in usual}
     scaled = {spec for spec in usual if spec.kv_dtype == "fp8" and (spec.fp8_max is None or spec.q_dtype == "fp8")}
     specs |= {dataclasses.replace(spec, kv_layout="fp8_ds_mla") for spec in scaled if spec.lora_rank % 128 == 0}
-    specs |= {dataclasses.replace(spec, q_split=True) for spec in specs if spec.rope_dim}
+    specs |= {dataclasses.replace(spec, q_scaling="token") for spec in usual if spec.q_dtype == "fp8"}
+    specs |= {dataclasses.replace(spec, q_split=True) for spec in specs if spec.rope_dim and spec.q_scaling == "static"}
     with_fp8_max = {spec for spec in specs if spec.fp8_max}
     specs |= {
         dataclasses.replace(spec, **{part: False})
         for spec in specs - with_fp8_max
-        if not spec.q_split
+        if not spec.q_split and spec.q_scaling == "static"
         for part in ("write_q", "write_kv")
     }
     texts = {ops.spec_to_str(spec): spec for spec in specs}
@@ -66,7 +67,7 @@ def test_the_text_is_legible_and_safe_to_quote():
     assert ops.spec_to_str(spec) == (
         "heads=16,nope_dim=128,lora_rank=512,rope_dim=64,rope_style=gptj,"
         "dtype=bf16,weight=bf16,q_dtype=fp8,kv_dtype=fp8,rounding=fused,fp8_max=224.0,nope_first=True,"
-        "compute=a16,q_split=False,write_q=True,write_kv=True,kv_heads=1,kv_layout=paged"
+        "compute=a16,q_scaling=static,q_split=False,write_q=True,write_kv=True,kv_heads=1,kv_layout=paged"
     )
 
 

@@ -25,6 +25,8 @@ SPECS = {
     "decode_prologue_q, bf16": replace(SMALL, write_kv=False, q_dtype="bf16", rope_style="neox"),
     "decode_prologue_pair": replace(SMALL, q_split=True, q_dtype="bf16"),
     "decode_prologue_pair, no cache": replace(SMALL, q_split=True, write_kv=False),
+    "decode_prologue_pair, scales": replace(SMALL, q_scaling="token"),
+    "decode_prologue_pair, scales, no cache": replace(SMALL, q_scaling="token", weight="none", write_kv=False),
     "decode_prologue_kv": replace(SMALL, write_q=False),
     "decode_prologue_kv, no rotation": replace(SMALL, write_q=False, rope_style="none", rope_dim=0, kv_dtype="bf16"),
 }
@@ -56,6 +58,8 @@ class Setup:
         inputs["packed"] = self.kernel.pack_weights(inputs["w_uk"]) if "w_uk" in inputs else None
         if not self.kernel.spec.write_kv:
             inputs |= dict.fromkeys(("kv_c", "k_pe", "kv_cache", "slot_mapping", "k_scale"))
+        if self.kernel.spec.q_scaling == "token":
+            inputs["q_scale"] = None
         return {each.name: inputs[each.name] for each in self.operator._schema.arguments if not each.kwarg_only}
 
     def expected(self, tensors: Arguments) -> tuple[list[torch.Tensor], torch.Tensor | None]:

@@ -63,6 +63,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp8_ds_mla, no rope": {"kv_layout": "fp8_ds_mla", "rope_style": "none", "rope_dim": 0, "q_dtype": "bf16"},
     "segmented, copied": {"kv_layout": "segmented", "kv_dtype": "bf16", "rope_style": "none"},
     "segmented, no rope": {"kv_layout": "segmented", "rope_style": "none", "rope_dim": 0},
+    "token": {"q_scaling": "token"},
+    "token, absorbed": {"q_scaling": "token", "weight": "none", "rope_style": "neox"},
+    "token, no rope, stepwise": {"q_scaling": "token", "rope_style": "none", "rope_dim": 0, "rounding": "stepwise"},
+    "token, rope first, passes": {
+        "q_scaling": "token",
+        "nope_dim": 256,
+        "lora_rank": 1024,
+        "nope_first": False,
+        "rounding": "stepwise",
+    },
+    "token, blocks, passes": {"q_scaling": "token", "weight": "fp8-block", "nope_dim": 256, "lora_rank": 1024},
+    "token, a8": {"q_scaling": "token", "weight": "fp8", "compute": "a8", "kv_layout": "fp8_ds_mla"},
+    "token, mxfp4, no cache": {"q_scaling": "token", "weight": "mxfp4", "write_kv": False},
+    "token, copied": {"q_scaling": "token", "weight": "none", "rope_style": "none", "kv_heads": 2},
     "split": {"q_split": True},
     "split, bf16": {"q_split": True, "q_dtype": "bf16", "nope_first": False, "rope_style": "neox"},
     "split, absorbed, no cache": {"q_split": True, "weight": "none", "write_kv": False},
@@ -82,6 +96,7 @@ DOES_NOT_FIT = {
     *(("fp8 weights, fp16", layout) for layout in STAGED),
     *(("blocks", layout) for layout in STAGED),  # the sums of a product from shared memory have one scale
     *((variant, layout) for variant in ("a8", "a8, groups") for layout in STAGED),  # its query is the model's dtype
+    *((variant, layout) for variant in VARIANTS if "token" in variant for layout in STAGED),  # one workgroup has whole rows
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mlagen.dtypes import DType
 from mlagen.errors import ProgramError
-from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize, Rope, TensorType
+from mlagen.ir import CacheWrite, Concat, GroupScale, Program, QAbsorb, Quantize, Rope, RowScale, TensorType
 from mlagen.lowering import lower
 from mlagen.spec import PrologueSpec
 from mlagen.target import find_target
@@ -43,6 +43,10 @@ CODES_WRITE = CacheWrite("codes_written", "codes", "kv_cache", "slot_mapping")
 SCALES_WRITE = CacheWrite("scales_written", "scales", "kv_cache", "slot_mapping", column=512)
 SCALED = (SCALES, CODES, CODES_WRITE, SCALES_WRITE)
 BYTES = TensorType(("N", 656), DType.UINT8)
+
+ROW_SCALES = RowScale("q_scales", "q_row", 448.0)
+TOKEN_OUT = Quantize("q_out", "q_row", FN, "q_scales")
+TOKEN_STAGES = (ABSORB, Q_ROPE, Q_ROW, ROW_SCALES, TOKEN_OUT)
 
 Q_STAGES, KV_STAGES = (ABSORB, Q_ROPE, Q_ROW, Q_OUT), (K_ROPE, KV_ROW, ENTRY, WRITE)
 
@@ -130,6 +134,13 @@ def test_types_of_the_whole_prologue():
         "kv_entry": "fp8_e4m3fn[T, 576]",
         "written": "fp8_e4m3fn[N, 576]",
     }
+
+
+def test_types_of_a_query_with_scales_of_its_rows():
+    scaled_rows = program(TOKEN_STAGES, ("q_out", "q_scales"))
+    types = scaled_rows.verify()
+    assert [str(types[name]) for name in ("q_scales", "q_out")] == ["fp32[T, H]", "fp8_e4m3fn[T, H, 576]"]
+    assert "row_scale(q_row, divisor=448.0) : fp32[T, H]" in str(scaled_rows)
 
 
 def test_a_concat_has_the_wider_type():
@@ -221,6 +232,27 @@ REJECTED = {
         scaled(dataclasses.replace(CODES, x="k_pe"), dataclasses.replace(SCALES, group=16), k_pe=tensor("T", 80)),
         "Quantize 'codes'",
         "fp32 for groups of columns",
+    ),
+    # RowScale
+    "a scale of rows without heads": (
+        program([dataclasses.replace(ROW_SCALES, x="kv_c")], ["q_scales"]),
+        "RowScale 'q_scales'",
+        "expected rows [T,H,:]",
+    ),
+    "a scale of codes": (
+        program([*Q_STAGES, dataclasses.replace(ROW_SCALES, x="q_out")], ["q_scales"]),
+        "RowScale 'q_scales'",
+        "it comes before Quantize",
+    ),
+    "rows over zero": (
+        program([dataclasses.replace(ROW_SCALES, x="q_pe", divisor=0.0)], ["q_scales"]),
+        "RowScale 'q_scales'",
+        "divisor=0",
+    ),
+    "a divisor that is no number": (
+        program([dataclasses.replace(ROW_SCALES, x="q_pe", divisor=float("nan"))], ["q_scales"]),
+        "RowScale 'q_scales'",
+        "divisor=nan",
     ),
     # GroupScale
     "groups of no power of two": (scaled(dataclasses.replace(SCALES, group=64 * 3)), "GroupScale 'scales'", "groups of 192"),
@@ -359,6 +391,12 @@ NOT_LOWERED = {
         "and that an input",
     ),
     "scales alone": (scaled(stages=(SCALES, SCALES_WRITE), results=["scales_written"]), "is computed but no result is made of it"),
+    "rows' codes without scales": (program(TOKEN_STAGES, ["q_out"]), "the scales are no result"),
+    "scales of other rows than the codes": (
+        program([ABSORB, Q_ROPE, Q_ROW, dataclasses.replace(ROW_SCALES, x="ql_nope"), TOKEN_OUT], ["q_out", "q_scales"]),
+        "the scales must be those of 'q_row'",
+    ),
+    "rows' scales alone": (program(TOKEN_STAGES[:-1], ["q_scales"]), "is computed but no result is made of it"),
     "two RoPE styles": (changed(K_ROPE, style="neox"), "it mixes RoPE styles: gptj, neox"),
     "two queries": (program([*Q_STAGES, dataclasses.replace(Q_OUT, output="again")], ["q_out", "again"]), "the same rows"),
     "two model types": (program(kv_c=tensor("T", 512, dtype=FP16)), "it mixes model types"),
@@ -390,6 +428,10 @@ SUBSETS = {
         program([ABSORB, Quantize("q_out", "ql_nope", BF16)], ["q_out"]),
         ["absorb_q_nope"],
     ),
+    "scales of rows": (
+        program([*TOKEN_STAGES, *KV_STAGES], ["q_out", "q_scales", "written"]),
+        ["rotate_k_pe", "copy_kv_c", "absorb_q_nope"],
+    ),
     "kv_c only": (
         program([Quantize("kv_entry", "kv_c", FN), WRITE], ["written"], kv_cache=tensor("N", 512, dtype=FN)),
         ["copy_kv_c"],
@@ -407,6 +449,12 @@ def test_scales_go_with_their_codes():
     (segment,) = lower(scaled()).segments
     assert (segment.name, segment.sink.groups, segment.sink.scale_write) == ("copy_kv_c", SCALES, SCALES_WRITE)
     assert (segment.sink.stored, segment.sink.scale) == (DType.UINT8, None)
+
+
+def test_the_parts_of_rows_with_scales_go_together():
+    (segment,) = lower(program(TOKEN_STAGES, ["q_out", "q_scales"])).segments
+    assert (segment.name, segment.beside.name, segment.column, segment.beside.column) == ("absorb_q_nope", "rotate_q_pe", 0, 512)
+    assert (segment.sink.row_scale, segment.sink.scale) == (ROW_SCALES, None)
 
 
 def test_segments_know_their_heads():

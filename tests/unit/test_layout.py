@@ -33,7 +33,7 @@ LAYERS = (
     Layer("lowering", "lowering", "ir"),
     Layer("schedule", "tiles staging layout schedule packing codes", "lowering"),  # how it is done
     Layer("tables", "tables model", "spec schedule"),  # which of the ways for how many tokens
-    Layer("codegen", "abi rendering codegen", "tables"),
+    Layer("codegen", "abi rendering expressions codegen", "tables"),
     Layer(
         "binaries",  # never the IR
         "libraries toolchain cuda_toolchain hiprtc_toolchain compilers machine_code resource_usage cache manifest drivers",

@@ -219,6 +219,44 @@ def shifted(tensor, elements=1):
     return torch.zeros(tensor.numel() + elements, dtype=tensor.dtype)[elements:].view(tensor.shape)
 
 
+class TestScales:
+    """Kernels that return scales: both results find their place, and the call has no q_scale."""
+
+    @staticmethod
+    def call(tokens=3, more=0):
+        call = make_call(make_kernel()[0], tokens)
+        return {**call, "q_scale": None, "out": (call["out"], torch.zeros(tokens, 2 + more)[:, :2])}
+
+    def test_each_argument_finds_its_value(self, checks):
+        kernel, module, _ = make_kernel(spec=replace(SPEC, q_scaling="token"))
+        for tokens, more in ((3, 0), (3, 0), (3, 5), (8, 0), (3, 5), (3, 0)):
+            call = self.call(tokens, more)
+            made = kernel(**call)
+            assert all(mine is theirs for mine, theirs in zip(made, call["out"], strict=True))
+            launch, (q_out, scales) = module.launches[-1], call["out"]
+            assert (launch["q_out"], launch["q_scales"]) == (q_out.data_ptr(), scales.data_ptr())
+            assert (launch["q_out_token_stride"], launch["q_scales_token_stride"]) == (q_out.stride(0), scales.stride(0))
+            assert "q_scale" not in launch
+        assert len(checks) == 3
+
+    @pytest.mark.parametrize("warm", [False, True])
+    def test_a_scale_is_refused_every_time(self, warm):
+        kernel, module, _ = make_kernel(spec=replace(SPEC, q_scaling="token"))
+        if warm:
+            kernel(**self.call())
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match="q_scale: this kernel computes"):
+                kernel(**{**self.call(), "q_scale": torch.ones(())})
+        assert len(module.launches) == int(warm)
+
+    def test_scales_may_start_anywhere(self):
+        """They are written one by one."""
+        kernel, aligned, other = make_kernel("sm_90", replace(SPEC, q_scaling="token"))
+        call = {**make_call(kernel), **{name: self.call()[name] for name in ("q_scale", "out")}}
+        kernel(**{**call, "out": (call["out"][0], shifted(call["out"][1]))})
+        assert (len(aligned.launches), len(other.launches)) == (1, 0)
+
+
 class TestAlignment:
     """On a target without unaligned access: what starts off 16 bytes goes to the other kernel, and only that."""
 

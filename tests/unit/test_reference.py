@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from mlagen.dtypes import DType
-from mlagen.ir import Concat, GroupScale, Program, QAbsorb, Quantize, Rope, TensorType
-from mlagen.reference import Bounded, dequantize_weights, evaluate, quantize_activation, saturating_fp8
+from mlagen.ir import Concat, GroupScale, Program, QAbsorb, Quantize, Rope, RowScale, TensorType
+from mlagen.reference import (
+    Bounded,
+    _quantize,
+    _row_scale,
+    dequantize_weights,
+    evaluate,
+    quantize_activation,
+    saturating_fp8,
+)
 from mlagen.spec import PrologueSpec
 from mlagen.target import find_target
 from mlagen.torch_types import torch_dtype
@@ -297,3 +305,59 @@ def test_codes_take_the_scale_of_their_group():
     stage = Quantize("y", "x", FN, "s")
     x, scales = torch.tensor([[1.0, 3.0, 5.0, 900.0]]), torch.tensor([[0.5, 2.0]])
     assert value(stage, x=x, s=scales).exact.float().tolist() == [[2.0, 6.0, 2.5, 448.0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([448.0, -1.0], 1.0),
+        ([1.0, -896.0], 2.0),
+        ([1.0, 0.0], float(torch.tensor(1.0) / 448.0)),
+        ([0.0, -0.0], 2.0**-126),
+        ([2.0**-120, 0.0], 2.0**-126),
+        ([math.nan, 448.0], 1.0),
+        ([math.nan, math.nan], 2.0**-126),
+        ([-math.inf, math.nan], math.inf),
+    ],
+)
+def test_a_row_scale_is_the_largest_magnitude_over_the_limit(values, scale):
+    got = value(RowScale("s", "x", 448.0), x=torch.tensor([[[7.0, 3.0], values]]))
+    assert got.exact.tolist() == got.low.tolist() == got.high.tolist() == [[1.0 / 64, scale]]
+
+
+def test_codes_take_the_scale_of_their_row():
+    x, scales = torch.tensor([[[1.0, 3.0], [5.0, -900.0]]]), torch.tensor([[0.5, 2.0]])
+    got = value(Quantize("y", "x", FN, "s"), x=x, s=scales)
+    assert got.exact.float().tolist() == got.low.float().tolist() == [[[2.0, 6.0], [2.5, -448.0]]]
+
+
+def uncertain(low: list[float], exact: list[float], high: list[float]) -> Bounded:
+    return Bounded(*(torch.tensor([[each]], dtype=torch.float64) for each in (low, exact, high)))
+
+
+def test_the_bounds_of_a_row_scale_are_those_of_its_largest_values():
+    """Of what may be zero nothing is sure; a small value that may be large counts as far as it may go."""
+    x = uncertain([-2.0, 1.0, math.nan, -9.0], [-1.0, 3.0, math.nan, -5.0], [1.0, 4.0, math.nan, -4.5])
+    got = _row_scale(RowScale("s", "x", 0.5), {"x": x})
+    assert [end.item() for end in (got.low, got.exact, got.high)] == [9.0, 10.0, 18.0]
+    several = uncertain([-2.0, 3.0], [0.0, 3.5], [5.0, 4.0])
+    got = _row_scale(RowScale("s", "x", 1.0), {"x": several})
+    assert [end.item() for end in (got.low, got.exact, got.high)] == [3.0, 3.5, 5.0]
+
+
+def test_codes_of_an_uncertain_scale_hold_every_product():
+    """Whatever value and scale a kernel has within their bounds, its code is within those of the code, and not much else is."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(50, 3, 16, generator=generator, dtype=torch.float64) * 100
+    x = Bounded(exact - 0.5, exact, exact + 0.5)
+    values = {"x": x, "s": _row_scale(RowScale("s", "x", 448.0), {"x": x})}
+    stage = Quantize("y", "x", FN, "s")
+    got = _quantize(stage, values)
+    for _ in range(20):
+        taken = (exact + torch.rand(exact.shape, generator=generator, dtype=torch.float64) - 0.5).float()
+        scale = taken.abs().amax(-1) / 448.0
+        codes = saturating_fp8(taken * (1.0 / scale)[..., None], FN).double()
+        assert (codes >= got.low.double()).all()
+        assert (codes <= got.high.double()).all()
+    wide = got.high.double() - got.low.double()
+    assert (wide <= 0.2 * exact.abs() * 448 / exact.abs().amax(-1, keepdim=True) + 16).all()

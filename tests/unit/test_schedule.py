@@ -364,3 +364,50 @@ def test_the_chosen_tile_fits_the_registers(arch, nope_dim):
     assert tiles is not None
     assert tiles.weight_registers <= WEIGHT_REGISTERS[target.platform] or tiles.m_tiles == 1
     assert tiles.registers <= target.registers_per_lane // 4 or tiles.m_tiles == 1 or target.platform == "nvidia"
+
+
+# Rows with scales of their own
+
+
+@each_arch
+@pytest.mark.parametrize("nope_dim", [16, 64, 128, 192, 256])
+@pytest.mark.parametrize("lora_rank", [16, 80, 256, 512, 1024])
+@pytest.mark.parametrize("weights", [{}, {"weight": "fp8"}, {"weight": "fp8", "compute": "a8"}], ids=["bf16", "fp8", "a8"])
+def test_one_workgroup_makes_whole_rows(arch, nope_dim, lora_rank, weights):
+    lowered = lowered_of(arch, nope_dim=nope_dim, lora_rank=lora_rank, q_scaling="token", **weights)
+    schedule, target = choose_schedule(lowered, find_target(arch)), find_target(arch)
+    assert schedule.workgroups_per_head == 1
+    assert schedule.waves_per_workgroup * schedule.passes * schedule.absorb.l_tile == lora_rank
+    assert schedule.threads <= 1024
+    assert target.waves_per_simd(schedule.absorb.registers) * target.simds_per_cu >= schedule.waves_per_workgroup
+    assert {schedule.absorb_owner(workgroup, 3)[0] for workgroup in range(schedule.xcds * 8)} >= {0, 1, 2}
+
+
+@each_arch
+def test_weights_stay_where_they_fit(arch):
+    assert choose_schedule(lowered_of(arch, q_scaling="token"), find_target(arch)).passes == 1
+
+
+@each_arch
+def test_rows_without_an_absorb_have_a_wave_each(arch):
+    lowered, target = lowered_of(arch, q_scaling="token", weight="none"), find_target(arch)
+    schedule = choose_schedule(lowered, target)
+    (number,) = (number for number, segment in enumerate(lowered.segments) if segment.sink.row_scale)
+    assert schedule.launch(lowered.segments, 5, 3).workgroups[number] == 5 * 3
+
+
+@each_arch
+@pytest.mark.parametrize(
+    ("changes", "options", "reason"),
+    [
+        ({}, {"waves_per_workgroup": 4}, "waves_per_workgroup=4: rows with scales of their own"),
+        ({}, {"block": 16}, "block=16: rows with scales of their own"),
+        ({"weight": "none"}, {"waves_per_workgroup": 2}, "waves_per_workgroup=2: rows with scales"),
+        ({"nope_dim": 512, "lora_rank": 2048}, {}, "lora_rank=2048 with nope_dim=512: a row with a scale of its own"),
+    ],
+    ids=str,
+)
+def test_what_has_no_whole_rows_is_refused(arch, changes, options, reason):
+    with pytest.raises(ScheduleError) as caught:
+        choose_schedule(lowered_of(arch, q_scaling="token", **changes), find_target(arch), **options)
+    assert str(caught.value).startswith(reason)

@@ -65,6 +65,7 @@ def test_what_is_filled_in():
         {"weight": "fp8-block", "nope_dim": MAX_NOPE_DIM - 32, "lora_rank": MAX_LORA_RANK - 16, "dtype": "fp16"},
         {"weight": "mxfp4", "nope_dim": 32, "lora_rank": 16},
         {"weight": "mxfp4", "nope_dim": MAX_NOPE_DIM, "lora_rank": MAX_LORA_RANK},
+        {"q_scaling": "token", "lora_rank": 16},
     ],
     ids=str,
 )
@@ -138,6 +139,10 @@ REFUSED = [
     ({"kv_layout": "flat"}, "kv_layout='flat'", "paged, segmented, fp8_ds_mla"),
     ({"kv_layout": None}, "kv_layout=None", "paged, segmented"),
     ({"kv_layout": "segmented", "nope_first": False}, "kv_layout='segmented' with nope_first=False", "the latent columns first"),
+    ({"q_scaling": "row"}, "q_scaling='row'", "static, token"),
+    ({"q_scaling": "token", "q_dtype": "bf16"}, "q_scaling='token' with q_dtype='bf16'", "joined fp8 q_out"),
+    ({"q_scaling": "token", "q_split": True}, "q_scaling='token' with q_split=True", "joined fp8 q_out"),
+    ({"q_scaling": "token", "write_q": False}, "q_scaling='token' with write_q=False", "joined fp8 q_out"),
     ({"q_split": None}, "q_split=None", "True or False"),
     ({"q_split": True, "rope_dim": 0, "rope_style": "none"}, "q_split=True with rope_dim=0", "nothing to split"),
     ({"q_split": True, "write_q": False}, "q_split=True with write_q=False", "no query to split"),
@@ -184,6 +189,7 @@ def field(*likely: Any) -> st.SearchStrategy[Any]:
     rounding=field("fused", "stepwise"),
     fp8_max=field(None, 224, 240.0, 448),
     nope_first=field(True, False),
+    q_scaling=field("static", "token"),
     q_split=field(True, False),
     write_q=field(True, False),
     write_kv=field(True, False),
@@ -213,8 +219,9 @@ def test_a_limit_that_only_one_flavour_has():
 def test_from_model():
     assert PrologueSpec.from_model("deepseek-r1", tp=8) == spec()
     options = {"weight": "none", "q_dtype": "bf16", "kv_dtype": "bf16", "rounding": "stepwise", "nope_first": False}
-    for more in ({}, {"write_q": False}, {"write_kv": False}, {"q_split": True}):
-        assert PrologueSpec.from_model("deepseek-r1", tp=8, **options, **more) == spec(**options, **more)
+    for more in ({}, {"write_q": False}, {"write_kv": False}, {"q_split": True}, {"q_scaling": "token", "q_dtype": "fp8"}):
+        changes = {**options, **more}
+        assert PrologueSpec.from_model("deepseek-r1", tp=8, **changes) == spec(**changes)
     with pytest.raises(ModelError, match="tp"):
         PrologueSpec.from_model("deepseek-r1", tp=7)
     assert PrologueSpec.from_model("deepseek-r1", tp=8, kv_layout="segmented") == spec(kv_layout="segmented")
@@ -284,6 +291,7 @@ def test_without_rope_nothing_of_it_is_left():
         {"write_q": False},
         {"write_kv": False},
         {"q_split": True},
+        {"q_scaling": "token"},
     ],
     ids=str,
 )
@@ -418,3 +426,15 @@ def test_an_entry_of_fp8_ds_mla(arch, divisor):
     writes = {stage.x: stage.column for stage in stages.values() if isinstance(stage, CacheWrite)}
     assert writes == {"kv_codes": 0, "kv_scales": 512, "kv_pe": 528}
     assert "k_scale" not in dict(wanted.program(target).inputs)
+
+
+@pytest.mark.parametrize("limit", [None, 224.0])
+def test_scales_of_rows_are_a_result(limit):
+    token, target = spec(q_scaling="token", fp8_max=limit), find_target("gfx942")
+    program = token.program(target)
+    types = program.verify()
+    assert token.q_results == ("q_out", "q_scales")
+    assert program.results == ("q_out", "q_scales", "kv_cache_written")
+    assert (types["q_scales"].shape, types["q_scales"].dtype) == (("T", "H"), DType.FP32)
+    assert "q_scale" not in types
+    assert program.producer("q_scales").divisor == program.producer("q_out").limit == (limit or 240.0)

@@ -283,6 +283,12 @@ def test_a_prologue_without_a_product_has_one_layout(use):
     assert choose_ranges(spec_of(weight="none"), find_target("gfx942")) == (Range(None, Layout()),)
 
 
+def test_rows_with_scales_have_one_layout(use):
+    """Their workgroup has whole rows, whatever a table says of others of their shape."""
+    use([entry(8, 3, waves=4)])
+    assert choose_ranges(spec_of(q_scaling="token"), find_target("gfx942")) == (Range(None, Layout()),)
+
+
 def test_without_a_table_there_is_one_layout(monkeypatch):
     monkeypatch.setattr(tables, "_entries", lambda arch, named: ())
     assert choose_ranges(spec_of(), find_target("gfx942")) == (Range(None, Layout()),)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,14 @@ def test_what_does_not_fit_is_no_candidate():
     lowered = lower(wide.program(TARGETS["sm_90"]))
     with pytest.raises(ScheduleError, match="16 waves"):
         choose_schedule(lowered, TARGETS["sm_90"], waves_per_workgroup=16)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_rows_with_scales_have_one_layout(arch):
+    """Their workgroup has whole rows; what is left to choose is how the tokens are split."""
+    found = candidates(replace(SPEC, q_scaling="token"), TARGETS[arch], 64, dependent=False)
+    assert {each.layout for each in found} == {Layout()}
+    assert len(found) > 1
 
 
 def timing(tokens: int, **us: float) -> Timing:

@@ -58,7 +58,7 @@ MLAGEN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(s
 
 MLAGEN_DEVICE float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-//% if groups
+//% if float_bits
 MLAGEN_DEVICE uint32_t float_to_bits(float value) { return __builtin_bit_cast(uint32_t, value); }
 
 //% endif

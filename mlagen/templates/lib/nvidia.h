@@ -78,7 +78,7 @@ MLAGEN_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi
 
 MLAGEN_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
-//% if groups
+//% if float_bits
 MLAGEN_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
 //% endif
