@@ -212,7 +212,7 @@ MLAGEN_DEVICE void store(Element* to, const float (&x)[N])
         store_words<N / PER_WORD>(to, words);
     } else {
         for (int i = 0; i < N; ++i) {
-            if constexpr (PER_WORD == 2) to[i].bits = uint16_t(narrow(Element{}, x[i], 0.0f));
+            if constexpr (PER_WORD == 2) store_as(to + i, uint16_t(narrow(Element{}, x[i], 0.0f)));
             else to[i].bits = uint8_t(narrow(Element{}, x[i], 0.0f, 0.0f, 0.0f));
         }
     }

@@ -212,7 +212,7 @@ def test_another_platforms_gpu(workplace, monkeypatch):
 def test_a_model_that_is_none(workplace, monkeypatch):
     monkeypatch.setattr(cli_bench, "gpu_arch", lambda device: "sm_90")
     assert "did you mean deepseek-r1" in refused("deepseek-r9")
-    assert "weight='int4': must be one of bf16, none" in refused("minicpm3 --weight int4")
+    assert "weight='int4': must be one of bf16, fp8, fp8-block, mxfp4, none" in refused("minicpm3 --weight int4")
 
 
 def test_no_matplotlib(workplace, monkeypatch):

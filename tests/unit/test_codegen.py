@@ -197,6 +197,14 @@ def test_primitives_of_one_layout_are_only_there_where_they_are_used(variant, ar
             assert {name for name in (*of_staging, *of_dependence) if re.search(rf"\b{name}\(", part)} == used
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_that_start_anywhere_are_written_in_pieces(variant):
+    """A 16-bit element of a byte cache may lie at an odd address, where this hardware takes no 16-bit store."""
+    kernel = generate(spec(**VARIANTS[variant]), find_target("sm_90"), aligned=False)
+    assert not re.search(r"\.bits = uint16_t", kernel.source)
+    assert "static_cast<uint8_t*>(to)[i] =" in kernel.source
+
+
 def test_a_name_tells_the_layout():
     """What is compiled is found by its name, in a bundle and in a code object."""
     target = find_target("sm_90")

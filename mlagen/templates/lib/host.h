@@ -158,6 +158,9 @@ MLAGEN_DEVICE uint32_t float_to_bits(float value)
     return bits;
 }
 
+template <class Value>
+MLAGEN_DEVICE void store_as(void* to, Value value) { std::memcpy(to, &value, sizeof value); }
+
 template <int N>
 MLAGEN_DEVICE void load_words(const void* from, uint32_t (&words)[N]) { std::memcpy(words, from, sizeof words); }
 
