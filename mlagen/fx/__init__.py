@@ -1,0 +1,1 @@
+"""Graphs of torch.compile: operators for the halves of the prologue."""
