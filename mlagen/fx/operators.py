@@ -100,8 +100,8 @@ def _check_update(
     dtype = kv_dtype or kv_cache.dtype
     if dtype not in (q_pe.dtype, *FP8_TYPES) or kv_cache.dtype not in (dtype, torch.uint8):
         raise ArgumentError(
-            f"kv_cache: {kv_cache.dtype} with kv_dtype={kv_dtype}, expected {q_pe.dtype}, an fp8 type, or uint8 with the fp8 type of "
-            "its bytes as kv_dtype"
+            f"kv_cache: {kv_cache.dtype} with kv_dtype={kv_dtype}, expected {q_pe.dtype}, an fp8 type, or uint8 with the fp8 type "
+            "of its bytes as kv_dtype"
         )
     if kv_cache.dtype is torch.uint8 and dtype not in FP8_TYPES:
         raise ArgumentError(f"kv_dtype: {kv_dtype} for a cache of uint8, expected one of {', '.join(map(str, FP8_TYPES))}")

@@ -109,7 +109,8 @@ def test_update_rotates_and_writes_where_there_is_a_slot(data):
 def update_arguments(tokens=4):
     cache, slots = torch.zeros((BLOCKS, BLOCK_SIZE, L + R), dtype=torch.uint8), torch.arange(tokens) * 2 - 1
     return (
-        some(tokens, H, P + R)[..., P:], some(tokens, L), some(tokens, R), cache, slots, torch.arange(tokens), torch.randn(ROWS, R), None, torch.tensor(0.5),
+        some(tokens, H, P + R)[..., P:], some(tokens, L), some(tokens, R), cache, slots,
+        torch.arange(tokens), torch.randn(ROWS, R), None, torch.tensor(0.5),
     )  # fmt: skip
 
 
