@@ -13,14 +13,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from mlagen.errors import MlagenError
 from mlagen.fx import packing
 from mlagen.fx.config import FusionConfig
+from mlagen.fx.gate import within_limit
 from mlagen.fx.index import Index, Unreadable, may_be_same
 from mlagen.fx.lift import queries
+from mlagen.fx.pair import Pair, find_pair
 from mlagen.fx.query import Query, is_gather, used_elsewhere
 from mlagen.fx.reader import argument, is_call, value_of
 from mlagen.fx.rewrite import Writer, finish
 from mlagen.fx.slab import Emit, find_slab
 from mlagen.fx.update import KEEPS_ORDER, Update, find_update
-from mlagen.fx.values import Factor, Rotation
+from mlagen.fx.values import Factor, Quant, Rotation
 from mlagen.ops import spec_to_str
 from mlagen.runtime import load
 from mlagen.spec import PrologueSpec
@@ -53,7 +55,8 @@ class FuseProloguePass:
         """Change the graph; returns the number of prologues fused, of which none leaves the graph untouched."""
         found = queries(graph, self.config)
         writes = [node for node in graph.nodes if is_call(node, aten.index_put.default)]
-        if not found:
+        pairs = self._pairs(graph)
+        if not found and not pairs:
             return 0
         before = _ancestors(graph, {node: number for number, node in enumerate([*writes, *(query.node for query in found)])})
         writer, unused, fused = Writer(graph), dict[fx.Node, None](), 0
@@ -64,9 +67,84 @@ class FuseProloguePass:
                 writes.remove(update.node)
                 _merge(before, query.node, update.node)
                 fused += 1
+        for pair in pairs:
+            if self._fuse_pair(writer, pair):
+                unused.update((node, None) for node in (pair.node, pair.update, *pair.inner))
+                fused += 1
         if fused:
             finish(graph, unused)
         return fused
+
+    def _pairs(self, graph: fx.Graph) -> list[Pair]:
+        """The pairs of operators that may be fused."""
+        found = []
+        for node in graph.nodes:
+            try:
+                pair = find_pair(node)
+            except Unreadable as reason:
+                logger.debug("%s: left as it is: %s", node.name, reason)
+                continue
+            if pair is None:
+                continue
+            caches = {user for user in pair.update.users if is_call(user, operator.getitem) and user.args[1] == 1}
+            if other := used_elsewhere(pair.inner, [pair.node, *caches]):
+                logger.debug("%s: left as it is: %s is used elsewhere, too", node.name, other.name)
+            elif not within_limit(pair.tokens, self.config):
+                logger.debug("%s: left as it is: %s rows, the limit is %s", node.name, pair.tokens, self.config.token_limit)
+            else:
+                found.append(pair)
+        return found
+
+    def _fuse_pair(self, writer: Writer, pair: Pair) -> bool:
+        """Put the one operator in place of both; False, and nothing changed, where no kernel does it."""
+        node, given = pair.node, pair.update.kwargs
+        options = {name: argument(node, 9, name) for name in ("q_dtype", "fp8_max")}
+        model = value_of(pair.weights.node).dtype
+        bases = given["_all_bases"]
+        assert isinstance(bases, list | tuple)
+        (base,) = bases
+        assert isinstance(base, fx.Node)
+        codes = [
+            Quant(dtype, None, float(limit if limit is not None else torch.finfo(dtype).max), False)  # type: ignore[arg-type]
+            for dtype, limit in (
+                (options["q_dtype"] or model, options["fp8_max"]),
+                (given["kv_dtype"] or value_of(base).dtype, given["fp8_max"]),
+            )
+            if dtype is not model
+        ]
+        q_quant = codes[0] if options["q_dtype"] not in (None, model) else None
+        kv_quant = codes[-1] if given["kv_dtype"] not in (None, model) or value_of(base).dtype is not model else None
+        try:
+            if len({each.limit for each in codes}) > 1:
+                raise Unreadable("query and cache saturate at different magnitudes")
+            device = value_of(node).device
+            arch = self.config.arch_for(device)
+            heads, nope, rank = pair.weights.size
+            rope = int(value_of(node).shape[2]) - rank
+            spec = self._kernel(arch, model, (heads, nope, rank, rope), str(given["rope_style"]), q_quant, kv_quant)
+            with unset_fake_temporarily():
+                load(spec, device, arch=arch)
+        except (MlagenError, Unreadable) as reason:
+            logger.warning("%s: not fused: %s", node.name, reason)
+            return False
+        emit: Emit = functools.partial(writer.emit, node)
+        passed = {
+            name: given[name] for name in ("q_pe", "kv_c", "k_pe", "slot_mapping", "positions", "cos_sin_cache", "sin", "k_scale")
+        }
+        place = {name: value for name, value in given.items() if name.startswith("_")}
+        result = emit(
+            auto_functionalized_v2, FUSED, q=pair.q_nope.emit(emit), weight=pair.weights.node, q_scale=argument(node, 3, "q_scale"),
+            w_size=list(pair.weights.size), w_stride=list(pair.weights.stride), w_offset=pair.weights.offset,
+            spec=spec_to_str(spec), arch=arch, **passed, **place,
+        )  # fmt: skip
+        node.replace_all_uses_with(emit(operator.getitem, result, 0))
+        cache = emit(operator.getitem, result, 1)
+        for user in list(pair.update.users):
+            if is_call(user, operator.getitem) and user.args[1] == 1:
+                user.replace_all_uses_with(cache)
+                writer.graph.erase_node(user)
+        logger.debug("%s and %s: fused as %s", node.name, pair.update.name, result.name)
+        return True
 
     def _update_of(self, query: Query, writes: list[fx.Node], before: "dict[fx.Node, set[fx.Node]]") -> Update | None:
         found: list[Update] = []
@@ -103,16 +181,26 @@ class FuseProloguePass:
 
     def _spec(self, query: Query, update: Update, arch: str) -> PrologueSpec:
         """The kernel.  Raises SpecError or Unreadable where there is none."""
-        target, model = find_target(arch), MODEL_NAMES[query.dtype]
-        quants = [each for each in (query.quant, update.quant) if each is not None]
+        widths = query.heads, query.nope_dim, query.lora_rank, query.rope_dim
+        style = query.rotation.style if query.rotation else "none"
+        return self._kernel(arch, query.dtype, widths, style, query.quant, update.quant)
+
+    def _kernel(
+        self, arch: str, dtype: torch.dtype, widths: tuple[int, int, int, int], style: str, query: Quant | None, cache: Quant | None
+    ) -> PrologueSpec:
+        target = find_target(arch)
+        if dtype not in MODEL_NAMES:
+            raise Unreadable(f"W_UK of {dtype}, expected one of {', '.join(map(str, MODEL_NAMES))}")
+        model = MODEL_NAMES[dtype]
+        quants = [each for each in (query, cache) if each is not None]
         for quant in quants:
             if quant.dtype is not torch_dtype(target.fp8):
                 raise Unreadable(f"codes of {quant.dtype}, but {arch} has {target.fp8}")
         limit = quants[0].limit if quants and quants[0].limit != target.fp8.largest else None
+        heads, nope, rank, rope = widths
         return PrologueSpec(
-            heads=query.heads, nope_dim=query.nope_dim, lora_rank=query.lora_rank, rope_dim=query.rope_dim,
-            rope_style=query.rotation.style if query.rotation else "none", dtype=model, q_dtype="fp8" if query.quant else model,
-            kv_dtype="fp8" if update.quant else model, rounding=self.config.rounding, fp8_max=limit,
+            heads=heads, nope_dim=nope, lora_rank=rank, rope_dim=rope, rope_style=style, dtype=model,
+            q_dtype="fp8" if query else model, kv_dtype="fp8" if cache else model, rounding=self.config.rounding, fp8_max=limit,
         )  # fmt: skip
 
     def _fuse(self, writer: Writer, query: Query, update: Update) -> bool:

@@ -126,7 +126,7 @@ class _Finder:
         if any(name == "l" for each in chains[0][-1][1] for name, _ in each.terms):
             chains = chains[1], chains[0]
         query, weight = chains
-        weights = self._weights(weight, depth, rank)
+        weights = find_weights(self.reader, weight, (self.heads, depth, rank))
         dtype = value_of(weights.node).dtype
         slab = find_slab([query], [(self.t, self.tokens), (self.h, self.heads)], [dtype], (p, depth))
         if slab is None:
@@ -134,26 +134,6 @@ class _Finder:
         self.values.record(query)
         self.values.record([product])
         return slab, weights, dtype
-
-    def _weights(self, chain: Sequence[Place], depth: int, rank: int) -> Weights:
-        node, index = chain[-1]
-        if node.op not in ("placeholder", "get_attr"):
-            raise Unreadable(f"{node.name}: W_UK is computed in the graph")
-        value = value_of(node)
-        if value.dtype not in MODEL_TYPES:
-            raise Unreadable(f"{node.name}: W_UK of {value.dtype}, expected one of {', '.join(map(str, MODEL_TYPES))}")
-        if not all(isinstance(each, int) for each in (*value.stride(), *value.shape)):
-            raise Unreadable(f"{node.name}: W_UK of a symbol's extents")
-        place = Index()
-        for each, stride in zip(index, value.stride(), strict=True):
-            place = place + each.scaled(stride)
-        terms = dict(place.terms)
-        if not set(terms) <= {"h", "p", "l"} or (self.heads > 1 and not terms.get("h")) or not terms.get("p") or not terms.get("l"):
-            raise Unreadable(f"{node.name}: what is multiplied is no W_UK [H,P,L]")
-        stride_of = (terms.get("h", depth * rank), terms["p"], terms["l"])
-        h, p, l = (self.reader.variable(name) for name in "hpl")
-        view = find_slab([chain], [(h, self.heads), (p, depth)], [value.dtype], (l, rank))
-        return Weights(node, view, (self.heads, depth, rank), stride_of, place.const)
 
     def _with_rotary(self, rank: int, q_nope: Slab, weights: Weights, dtype: torch.dtype) -> Query:
         rope = self.width - rank
@@ -190,6 +170,29 @@ class _Finder:
         if self.heads > 1:
             return not any(name == "h" for each in index for name, _ in each.terms)
         return is_gather(node)
+
+
+def find_weights(reader: Reader, chain: Sequence[Place], size: tuple[int, int, int]) -> Weights:
+    """W_UK of `size` from the way of its element (h, p, l).  Raises Unreadable where it is no part of a tensor from outside."""
+    heads, depth, rank = size
+    node, index = chain[-1]
+    if node.op not in ("placeholder", "get_attr"):
+        raise Unreadable(f"{node.name}: W_UK is computed in the graph")
+    value = value_of(node)
+    if value.dtype not in MODEL_TYPES:
+        raise Unreadable(f"{node.name}: W_UK of {value.dtype}, expected one of {', '.join(map(str, MODEL_TYPES))}")
+    if not all(isinstance(each, int) for each in (*value.stride(), *value.shape)):
+        raise Unreadable(f"{node.name}: W_UK of a symbol's extents")
+    place = Index()
+    for each, stride in zip(index, value.stride(), strict=True):
+        place = place + each.scaled(stride)
+    terms = dict(place.terms)
+    if not set(terms) <= {"h", "p", "l"} or (heads > 1 and not terms.get("h")) or not terms.get("p") or not terms.get("l"):
+        raise Unreadable(f"{node.name}: what is multiplied is no W_UK [H,P,L]")
+    stride_of = (terms.get("h", depth * rank), terms["p"], terms["l"])
+    h, p, l = (reader.variable(name) for name in "hpl")
+    view = find_slab([chain], [(h, heads), (p, depth)], [value.dtype], (l, rank))
+    return Weights(node, view, (heads, depth, rank), stride_of, place.const)
 
 
 def is_gather(node: fx.Node) -> bool:

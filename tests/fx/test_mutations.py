@@ -36,7 +36,11 @@ def traced(name):
     inputs = (*state.values(), x, fx_models.new_cache(layer), slots, positions)
     with torch.no_grad():
         graph = make_fx(torch.func.functionalize(run, remove="mutations"), select_decomp_table(), "fake")(*inputs)
+    for node in graph.graph.nodes:
+        if node.target is aten.empty.memory_format:
+            node.target = aten.zeros.default  # a changed graph may read it
     graph.graph.eliminate_dead_code()
+    graph.recompile()
     return graph, inputs, layer
 
 
