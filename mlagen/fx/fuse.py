@@ -114,29 +114,26 @@ class FuseProloguePass:
         ]
         q_quant = codes[0] if options["q_dtype"] not in (None, model) else None
         kv_quant = codes[-1] if given["kv_dtype"] not in (None, model) or value_of(base).dtype is not model else None
+        emit: Emit = functools.partial(writer.emit, node)
+        passed = "q_pe", "kv_c", "k_pe", "slot_mapping", "positions", "cos_sin_cache", "sin", "k_scale"
+        place = {name: value for name, value in given.items() if name.startswith("_")}
+        heads, nope, rank = pair.weights.size
+        widths = heads, nope, rank, int(value_of(node).shape[2]) - rank
         try:
             if len({each.limit for each in codes}) > 1:
                 raise Unreadable("query and cache saturate at different magnitudes")
             device = value_of(node).device
             arch = self.config.arch_for(device)
-            heads, nope, rank = pair.weights.size
-            rope = int(value_of(node).shape[2]) - rank
-            spec = self._kernel(arch, model, (heads, nope, rank, rope), str(given["rope_style"]), q_quant, kv_quant)
-            with unset_fake_temporarily():
-                load(spec, device, arch=arch)
+            spec = self._loaded(self._kernel(arch, model, widths, str(given["rope_style"]), q_quant, kv_quant), device, arch)
+            with writer.undoing():
+                result = emit(
+                    auto_functionalized_v2, FUSED, q=pair.q_nope.emit(emit), weight=pair.weights.node,
+                    q_scale=argument(node, 3, "q_scale"), w_size=list(pair.weights.size), w_stride=list(pair.weights.stride),
+                    w_offset=pair.weights.offset, spec=spec, arch=arch, **{name: given[name] for name in passed}, **place,
+                )  # fmt: skip
         except (MlagenError, Unreadable) as reason:
             logger.warning("%s: not fused: %s", node.name, reason)
             return False
-        emit: Emit = functools.partial(writer.emit, node)
-        passed = {
-            name: given[name] for name in ("q_pe", "kv_c", "k_pe", "slot_mapping", "positions", "cos_sin_cache", "sin", "k_scale")
-        }
-        place = {name: value for name, value in given.items() if name.startswith("_")}
-        result = emit(
-            auto_functionalized_v2, FUSED, q=pair.q_nope.emit(emit), weight=pair.weights.node, q_scale=argument(node, 3, "q_scale"),
-            w_size=list(pair.weights.size), w_stride=list(pair.weights.stride), w_offset=pair.weights.offset,
-            spec=spec_to_str(spec), arch=arch, **passed, **place,
-        )  # fmt: skip
         node.replace_all_uses_with(emit(operator.getitem, result, 0))
         cache = emit(operator.getitem, result, 1)
         for user in list(pair.update.users):
@@ -205,39 +202,43 @@ class FuseProloguePass:
 
     def _fuse(self, writer: Writer, query: Query, update: Update) -> bool:
         """Put the operator in both places; False, and nothing changed, where no kernel does it."""
-        device = value_of(query.node).device
+        emit: Emit = functools.partial(writer.emit, query.node)
         try:
-            arch = self.config.arch_for(device)
-            spec = self._spec(query, update, arch)
-            with unset_fake_temporarily():
-                load(spec, device, arch=arch)
+            with writer.undoing():
+                result = self._call(emit, query, update)
         except (MlagenError, Unreadable) as reason:
             logger.warning("%s: not fused: %s", query.node.name, reason)
             return False
-        emit: Emit = functools.partial(writer.emit, query.node)
+        query.node.replace_all_uses_with(emit(operator.getitem, result, 0))
+        _replace_cache(emit, update, emit(operator.getitem, result, 1))
+        logger.debug("%s and %s: fused as %s", query.node.name, update.node.name, result.name)
+        return True
+
+    def _loaded(self, spec: PrologueSpec, device: torch.device, arch: str) -> str:
+        """The spec's text, its kernel loaded, so that what is missing for it is missed now.  Raises MlagenError."""
+        with unset_fake_temporarily():
+            load(spec, device, arch=arch)
+        return spec_to_str(spec)
+
+    def _call(self, emit: Emit, query: Query, update: Update) -> fx.Node:
+        """The call that does both.  Raises Unreadable or MlagenError."""
+        device = value_of(query.node).device
+        arch = self.config.arch_for(device)
+        spec = self._loaded(self._spec(query, update, arch), device, arch)
         shared: Emit = functools.partial(emit, shared=True)
-        try:
-            tables = self._tables(query.rotation, query, shared) if query.rotation else None
-        except Unreadable as reason:
-            logger.debug("%s: not fused: %s", query.node.name, reason)
-            return False
+        tables = self._tables(query.rotation, query, shared) if query.rotation else None
         rotary = query.rotated if query.rotation else query.q_pe
         base = value_of(update.base)
         slots = self._from_start(shared, update.slots, base.numel() // base.shape[-1], self.config.assume_padded_slots_skip)
         weights = query.weights
-        result = emit(
+        return emit(
             auto_functionalized_v2, FUSED, q=query.q_nope.emit(emit), q_pe=rotary.emit(emit) if rotary else None,
             kv_c=update.kv_c.emit(emit), k_pe=update.k_pe.emit(emit) if update.k_pe else None, weight=weights.node,
             slot_mapping=slots, positions=tables.positions if tables else None, cos_sin_cache=tables.cos if tables else None,
             sin=tables.sin if tables else None, q_scale=query.quant.scale if query.quant else None,
             k_scale=update.quant.scale if update.quant else None, w_size=list(weights.size), w_stride=list(weights.stride),
-            w_offset=weights.offset, spec=spec_to_str(spec), arch=arch, _kv_cache_base_index=0,
-            _all_bases=[update.base],
+            w_offset=weights.offset, spec=spec, arch=arch, _kv_cache_base_index=0, _all_bases=[update.base],
         )  # fmt: skip
-        query.node.replace_all_uses_with(emit(operator.getitem, result, 0))
-        _replace_cache(emit, update, emit(operator.getitem, result, 1))
-        logger.debug("%s and %s: fused as %s", query.node.name, update.node.name, result.name)
-        return True
 
     def _from_start(self, emit: Emit, vector: fx.Node, extent: int, is_known: bool) -> fx.Node:
         """An index vector whose negative entries count from the end, with all of them counted from the start."""

@@ -1,7 +1,7 @@
 """What the passes share: new nodes whose value is known, and graphs left in order."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ class Writer:
         self.graph = graph
         self.mode = detect_fake_mode([node.meta.get("val") for node in graph.nodes]) or contextlib.nullcontext()
         self._made: dict[object, fx.Node] = {}
+        self._calls: list[fx.Node] = []
 
     def emit(self, before: fx.Node, target: Any, *args: Any, shared: bool = False, **kwargs: Any) -> fx.Node:
         """A call and its value; with `shared`, one that an equal call made earlier will do for."""
@@ -25,12 +26,26 @@ class Writer:
             return self._made[key]
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
+        self._calls.append(node)
         given = torch.fx.map_arg((args, kwargs), lambda each: each.meta["val"])
         with self.mode:
             node.meta["val"] = target(*given[0], **given[1])
         if shared:
             self._made[key] = node
         return node
+
+    @contextlib.contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Take away what is emitted in this context where it ends with an exception, which goes on."""
+        before, made = len(self._calls), dict(self._made)
+        try:
+            yield
+        except BaseException:
+            for node in reversed(self._calls[before:]):
+                self.graph.erase_node(node)
+            del self._calls[before:]
+            self._made = made
+            raise
 
 
 def finish(graph: fx.Graph, unused: Iterable[fx.Node]) -> None:

@@ -11,6 +11,7 @@ from fx_compiled import ARCH, CONFIG, LIMIT, Seen, assert_as_eager, calls, compi
 from fx_models import L, R
 
 import mlagen.fx.packing
+from mlagen.errors import ArgumentError
 from mlagen.fx import FusionConfig, ProloguePasses, fused_prologue, repack
 
 pytestmark = pytest.mark.host
@@ -174,6 +175,43 @@ def test_padded_slots_are_skipped_where_that_is_said():
     assert not cache.view(-1, L + R)[-1].any()
     assert result[1][3].view(torch.uint8).any(), "its row of the query is there"
     assert calls(seen.graphs[0][1], "aten.where.self") == calls(seen.graphs[0][0], "aten.where.self")
+
+
+class OddTable(fx_models.Einsum):
+    """Rows of the table whose columns are not next to each other, which the kernel cannot read."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.table = self.table.t().contiguous().t()
+
+
+class Integers(fx_models.Einsum):
+    """A scale that is no tensor."""
+
+    def quantized(self, x, scale):
+        return (x.float() * 4.0).clamp(-448.0, 448.0).to(self.fp8)
+
+
+@pytest.mark.parametrize("kind", [OddTable, Integers])
+def test_what_the_kernel_cannot_be_given_is_prepared_or_left(kind):
+    layer = kind()
+    run, seen, _ = compiled(layer)
+    inputs, cache = marked(16), fx_models.new_cache(layer)
+    assert_as_eager(layer, inputs, run(inputs[0], cache, *inputs[1:]), cache)
+    assert seen.graphs[0][2] == (calls(seen.graphs[0][1], "mlagen.decode_prologue_weights") == 0)
+
+
+def test_what_was_emitted_is_taken_back_when_the_operator_refuses(monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise ArgumentError("q: refused")
+
+    monkeypatch.setattr("mlagen.fx.fuse.auto_functionalized_v2", refuse)
+    layer = fx_models.DeepSeek()
+    run, seen, _ = compiled(layer)
+    inputs, cache = marked(16), fx_models.new_cache(layer)
+    run(inputs[0], cache, *inputs[1:])
+    assert seen.graphs[0][0] == seen.graphs[0][1]
+    assert "not fused: q: refused" in caplog.text
 
 
 def test_yarn_is_in_the_table():
