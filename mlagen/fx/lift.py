@@ -1,0 +1,80 @@
+"""LiftQPrepPass: the preparation of a query, however it is written, becomes mlagen::mla_decode_q_prep."""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import fx
+
+from mlagen.fx.config import FusionConfig
+from mlagen.fx.gate import within_limit
+from mlagen.fx.index import Unreadable
+from mlagen.fx.query import Query, find_query, used_elsewhere
+from mlagen.fx.rewrite import Writer, finish
+
+logger = logging.getLogger(__name__)
+Q_PREP = torch.ops.mlagen.mla_decode_q_prep.default
+
+
+def queries(graph: fx.Graph, config: FusionConfig) -> list[Query]:
+    """The queries of a graph that the passes may change; why others may not be is logged at debug level."""
+    found: list[Query] = []
+    for node in reversed(graph.nodes):
+        try:
+            query = find_query(node)
+        except Unreadable as reason:
+            logger.debug("%s: left as it is: %s", node.name, reason)
+            continue
+        if query is None or any(query.node in each.inner for each in found):
+            continue
+        unfit = _unfit(query, config)
+        if unfit:
+            logger.debug("%s: left as it is: %s", node.name, unfit)
+        else:
+            found.append(query)
+    return found[::-1]
+
+
+def _unfit(query: Query, config: FusionConfig) -> str | None:
+    if not within_limit(query.tokens, config):
+        return f"{query.tokens} rows, which may be more than {config.token_limit}"
+    if other := used_elsewhere(query.inner, [query.node]):
+        return f"{other.name} is used elsewhere, too"
+    if query.quant is not None and query.quant.divides and not config.division_as_product:
+        return "its codes are made by division, which may round otherwise: division_as_product allows it"
+    if not query.node.meta["val"].is_contiguous():
+        return f"strides {list(query.node.meta['val'].stride())}, not those of a contiguous tensor"
+    return None
+
+
+class LiftQPrepPass:
+    """Replaces absorb, concatenation and quantisation by the operator that stands for them; a rotation before them stays."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        self.config = config
+
+    def __call__(self, graph: fx.Graph) -> int:
+        """Change the graph; returns the number of queries lifted, of which none leaves the graph untouched."""
+        lifted = [query for query in queries(graph, self.config) if self._lift(graph, query)]
+        if lifted:
+            finish(graph, (node for query in lifted for node in (query.node, *query.inner)))
+        return len(lifted)
+
+    def _lift(self, graph: fx.Graph, query: Query) -> bool:
+        node, quant = query.node, query.quant
+        if query.rope_dim and query.q_pe is None:
+            logger.debug("%s: not lifted: its rotary columns are no part of a tensor", node.name)
+            return False
+        if query.weights.view is None:
+            logger.debug("%s: not lifted: W_UK is seen nowhere as [H,P,L]", node.name)
+            return False
+        emit = functools.partial(Writer(graph).emit, node)
+        w_uk = query.weights.view.emit(emit)
+        q_nope = query.q_nope.emit(emit)
+        q_pe = query.q_pe.emit(emit) if query.q_pe else None
+        options: dict[str, Any] = {"q_dtype": quant.dtype, "fp8_max": quant.limit} if quant else {}
+        new = emit(Q_PREP, q_nope, q_pe, w_uk, quant.scale if quant else None, **options)
+        node.replace_all_uses_with(new)
+        logger.debug("%s: lifted as %s", node.name, new.name)
+        return True

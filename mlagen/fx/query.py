@@ -1,0 +1,219 @@
+"""Where a graph prepares a query: absorb, concatenation and quantisation, before them perhaps a rotation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mlagen.fx.index import Index, Size, Unreadable
+from mlagen.fx.operators import FP8_TYPES
+from mlagen.fx.reader import Place, Reader, argument, is_call, value_of
+from mlagen.fx.slab import Slab, find_slab
+from mlagen.fx.values import CASTS, Factor, Quant, Rotation, Values, find_rotation
+
+aten = torch.ops.aten
+MODEL_TYPES = (torch.bfloat16, torch.float16)
+ENDS = (aten.cat.default, aten.slice_scatter.default, *CASTS)
+"""What the last operator of a query is: a cast to fp8, or what puts its two parts together."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """W_UK [H,P,L] in the storage of a tensor that comes into the graph, `offset` after its first element; `view` shows it."""
+
+    node: fx.Node
+    view: Slab | None
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Query:
+    """q_out [T,H,L+R] = quant([q_nope @ W_UK | q_pe]), the value of `node`; R may be 0, and `q_pe` then None.
+
+    q_pe is the rotary part as it is concatenated; `rotated` what it was before the rotation, where one was recognised.  `inner` are
+    the nodes that only this query should need.
+    """
+
+    node: fx.Node
+    tokens: Size
+    heads: int
+    nope_dim: int
+    lora_rank: int
+    rope_dim: int
+    dtype: torch.dtype
+    q_nope: Slab
+    q_pe: Slab | None
+    weights: Weights
+    quant: Quant | None
+    rotation: Rotation | None
+    rotated: Slab | None
+    inner: frozenset[fx.Node]
+
+
+def find_query(node: fx.Node) -> Query | None:
+    """The query that a node is the end of; None where it looks like none at all.  Raises Unreadable where it is not quite one."""
+    if not is_call(node, *ENDS) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    value = value_of(node)
+    shape, kinds = value.shape, (*MODEL_TYPES, *FP8_TYPES)
+    if value.dim() != 3 or value.dtype not in kinds or not all(isinstance(each, int) for each in shape[1:]):
+        return None
+    if node.target in CASTS and value.dtype not in FP8_TYPES:
+        return None
+    return _Finder(node, shape[0], int(shape[1]), int(shape[2])).find()
+
+
+class _Finder:
+    def __init__(self, node: fx.Node, tokens: Size, heads: int, width: int) -> None:
+        self.node, self.tokens, self.heads, self.width = node, tokens, heads, width
+        self.sizes: dict[str, int | None] = {"t": tokens if isinstance(tokens, int) else None, "h": heads}
+        self.reader = Reader(self.sizes)
+        self.values = Values(self.reader)
+        self.t, self.h = self.reader.variable("t"), self.reader.variable("h")
+        self.quants: list[Quant | None] = []
+
+    def find(self) -> Query | None:
+        try:
+            first = self._product(Index(0))
+        except Unreadable:
+            return None
+        if first is None:
+            return None
+        second = self._product(Index(1))
+        moved = [] if second is None else [dim for dim in range(3) if second[1][dim] == first[1][dim] + 1]
+        if second is None or second[0] is not first[0] or len(moved) != 1:
+            raise Unreadable(f"{self.node.name}: its first two columns are not those of one product")
+        rank = value_of(first[0]).shape[moved[0]]
+        if not isinstance(rank, int) or not 0 < rank <= self.width:
+            raise Unreadable(f"{self.node.name}: a product of {rank} columns in {self.width}")
+        self.sizes["l"] = rank
+        product = self._product(self.reader.variable("l"))
+        if product is None:
+            raise Unreadable(f"{self.node.name}: the columns up to {rank} are not those of one product")
+        self.quants.clear()
+        q_nope, weights, dtype = self._absorb(product, rank)
+        latent = self._quantized(self.reader.variable("l"))
+        self.values.follow(latent)
+        return self._with_rotary(rank, q_nope, weights, dtype)
+
+    def _quantized(self, column: Index) -> Place:
+        place, quant = self.values.quantization((self.node, (self.t, self.h, column)))
+        self.quants.append(quant)
+        return place
+
+    def _product(self, column: Index) -> Place | None:
+        """The element of a bmm that a latent column is."""
+        node, index = self.values.chain(self._quantized(column))[-1]
+        if is_call(node, aten.baddbmm.default) and argument(node, 3, "beta", 1) == 0 and argument(node, 4, "alpha", 1) == 1:
+            return node, index
+        return (node, index) if is_call(node, aten.bmm.default) else None
+
+    def _absorb(self, product: Place, rank: int) -> tuple[Slab, Weights, torch.dtype]:
+        node, (batch, row, column) = product
+        places = (1, 2) if node.target is aten.baddbmm.default else (0, 1)
+        left, right = (node.args[place] for place in places)
+        assert isinstance(left, fx.Node)
+        assert isinstance(right, fx.Node)
+        depth = value_of(left).shape[2]
+        if not isinstance(depth, int):
+            raise Unreadable(f"{node.name}: a sum over a symbol's number of columns")
+        self.sizes["p"] = depth
+        p = self.reader.variable("p")
+        chains = self.values.chain((left, (batch, row, p))), self.values.chain((right, (batch, p, column)))
+        if any(name == "l" for each in chains[0][-1][1] for name, _ in each.terms):
+            chains = chains[1], chains[0]
+        query, weight = chains
+        weights = find_weights(self.reader, weight, (self.heads, depth, rank))
+        dtype = value_of(weights.node).dtype
+        slab = find_slab([query], [(self.t, self.tokens), (self.h, self.heads)], [dtype], (p, depth))
+        if slab is None:
+            raise Unreadable(f"{node.name}: what it multiplies is no [T,H,{depth}] part of a tensor of {dtype}")
+        self.values.record(query)
+        self.values.record([product])
+        return slab, weights, dtype
+
+    def _with_rotary(self, rank: int, q_nope: Slab, weights: Weights, dtype: torch.dtype) -> Query:
+        rope = self.width - rank
+        places = [self._quantized(Index(rank + j)) for j in range(rope)]
+        if any(quant != self.quants[0] for quant in self.quants):
+            raise Unreadable(f"{self.node.name}: its columns are quantised in different ways")
+        chains = [self.values.chain(place) for place in places]
+        rows = [(self.t, self.tokens), (self.h, self.heads)]
+        q_pe = find_slab(chains, rows, [dtype], (Index(), rope)) if rope else None
+        rotation = rotated = None
+        if rope:
+            columns = [self.values.terms(place) for place in places]
+            rotation = find_rotation(columns, self._is_table)
+            if rotation is not None:
+                self.values.record_turned(columns, self._is_table)
+                rotated = find_slab([factor.chain for factor in rotation.x], rows, [dtype], (Index(), rope))
+            if q_pe is None and rotated is None:
+                raise Unreadable(f"{self.node.name}: its last {rope} columns are no part of a tensor of {dtype}")
+        odd = [each for each in self.values.casts if each not in (dtype, torch.float32)]
+        if odd:
+            raise Unreadable(f"{self.node.name}: passes through {odd[0]}")
+        expected = dtype if self.quants[0] is None else self.quants[0].dtype
+        if value_of(self.node).dtype is not expected:
+            raise Unreadable(f"{self.node.name}: {value_of(self.node).dtype}, expected {expected}")
+        bounds = {each.node for each in (q_nope, rotated or q_pe) if each is not None}
+        return Query(
+            self.node, self.tokens, self.heads, q_nope.width, rank, rope, dtype, q_nope, q_pe, weights, self.quants[0], rotation,
+            rotated, frozenset(self.values.seen) - behind(bounds),
+        )  # fmt: skip
+
+    def _is_table(self, factor: Factor) -> bool:
+        """Cosines and sines are the same for all heads; with one head, they are what was looked up by a position."""
+        node, index = factor.chain[-1]
+        if self.heads > 1:
+            return not any(name == "h" for each in index for name, _ in each.terms)
+        return is_gather(node)
+
+
+def find_weights(reader: Reader, chain: Sequence[Place], size: tuple[int, int, int]) -> Weights:
+    """W_UK of `size` from the way of its element (h, p, l).  Raises Unreadable where it is no part of a tensor from outside."""
+    heads, depth, rank = size
+    node, index = chain[-1]
+    if node.op not in ("placeholder", "get_attr"):
+        raise Unreadable(f"{node.name}: W_UK is computed in the graph")
+    value = value_of(node)
+    if value.dtype not in MODEL_TYPES:
+        raise Unreadable(f"{node.name}: W_UK of {value.dtype}, expected one of {', '.join(map(str, MODEL_TYPES))}")
+    if not all(isinstance(each, int) for each in (*value.stride(), *value.shape)):
+        raise Unreadable(f"{node.name}: W_UK of a symbol's extents")
+    place = Index()
+    for each, stride in zip(index, value.stride(), strict=True):
+        place = place + each.scaled(stride)
+    terms = dict(place.terms)
+    if not set(terms) <= {"h", "p", "l"} or (heads > 1 and not terms.get("h")) or not terms.get("p") or not terms.get("l"):
+        raise Unreadable(f"{node.name}: what is multiplied is no W_UK [H,P,L]")
+    stride_of = (terms.get("h", depth * rank), terms["p"], terms["l"])
+    h, p, l = (reader.variable(name) for name in "hpl")
+    view = find_slab([chain], [(h, heads), (p, depth)], [value.dtype], (l, rank))
+    return Weights(node, view, (heads, depth, rank), stride_of, place.const)
+
+
+def is_gather(node: fx.Node) -> bool:
+    """Whether a node looks rows of a table up."""
+    return is_call(node, aten.index.Tensor, aten.index_select.default, aten.embedding.default)
+
+
+def behind(bounds: set[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they are made of."""
+    found, left = set(bounds), list(bounds)
+    while left:
+        for each in left.pop().all_input_nodes:
+            if each not in found:
+                found.add(each)
+                left.append(each)
+    return found
+
+
+def used_elsewhere(inner: frozenset[fx.Node], ends: Sequence[fx.Node]) -> fx.Node | None:
+    """A node on the way that something else uses, too."""
+    for node in inner:
+        if node not in ends and any(user not in inner and user not in ends for user in node.users):
+            return node
+    return None

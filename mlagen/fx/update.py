@@ -1,0 +1,164 @@
+"""Where a graph writes a cache's entries: [kv_c | rotated k_pe], quantised, at the slots of a vector."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mlagen.fx.index import Index, Unreadable, may_be_same
+from mlagen.fx.operators import FP8_TYPES
+from mlagen.fx.query import Query, behind
+from mlagen.fx.reader import Place, Reader, argument, is_call, value_of
+from mlagen.fx.slab import Slab, find_slab
+from mlagen.fx.values import Factor, Quant, Rotation, Values, find_rotation
+
+aten = torch.ops.aten
+
+KEEPS_ORDER = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.squeeze.default, aten.alias.default, aten.view.dtype,
+)  # fmt: skip
+"""Views that show all elements in the order of what they show, each as wide as it was."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """kv_cache[slots] = quant([kv_c | k_pe]), the value of `node` the whole cache as `node` saw it.
+
+    base: the cache before the write, [blocks, block_size, L+R] or [slots, L+R]; slots: [>= T], negative ones counting from the end.
+    """
+
+    node: fx.Node
+    base: fx.Node
+    slots: fx.Node
+    kv_c: Slab
+    k_pe: Slab | None
+    quant: Quant | None
+    rotation: Rotation | None
+    inner: frozenset[fx.Node]
+
+
+def find_update(node: fx.Node, query: Query) -> Update:
+    """The write of the entries that belong to a query.  Raises Unreadable, saying what it is instead."""
+    target, indices, entry = (argument(node, place, name) for place, name in ((0, "self"), (1, "indices"), (2, "values")))
+    if argument(node, 3, "accumulate", False):
+        raise Unreadable(f"{node.name} adds to the cache")
+    shape = value_of(entry).shape
+    width = query.lora_rank + query.rope_dim
+    if len(shape) == 1 and query.tokens == 1:
+        shape = torch.Size((1, *shape))  # a single entry, without a dimension for it
+    if len(shape) not in (2, 3) or shape[-1] != width or (len(shape) == 3 and shape[1] != 1):
+        raise Unreadable(f"{node.name} writes {list(shape)}, expected [T, {width}] or [T, 1, {width}]")
+    if not may_be_same(shape[0], query.tokens):
+        raise Unreadable(f"{node.name} writes {shape[0]} entries, expected one for each of {query.tokens} rows of the query")
+    reader = Reader({"t": shape[0] if isinstance(shape[0], int) else None, "l": query.lora_rank})
+    values = Values(reader)
+    t = reader.variable("t")
+    before = (t, Index())[: value_of(entry).dim() - 1]
+    latent, quant = values.quantization((entry, (*before, reader.variable("l"))))
+    rows = [(t, shape[0])]
+    chain = values.follow(latent)
+    kv_c = find_slab([chain], rows, [query.dtype], (reader.variable("l"), query.lora_rank))
+    if kv_c is None:
+        raise Unreadable(f"{node.name}: its first {query.lora_rank} columns are no part of a tensor of {query.dtype}")
+    places: list[Place] = []
+    for j in range(query.rope_dim):
+        place, other = values.quantization((entry, (*before, Index(query.lora_rank + j))))
+        if other != quant:
+            raise Unreadable(f"{node.name}: its columns are quantised in different ways")
+        places.append(place)
+    k_pe, rotation = _rotary(node, values, places, query, rows)
+    if any(each not in (query.dtype, torch.float32) for each in values.casts):
+        raise Unreadable(f"{node.name}: passes through another type than {query.dtype} and fp32")
+    base = _base(target, width, quant)
+    slots = _slots(reader, node, target, indices, shape)
+    bounds = {each.node for each in (kv_c, k_pe) if each is not None}
+    return Update(node, base, slots, kv_c, k_pe, quant, rotation, (frozenset(values.seen) | {entry}) - behind(bounds))
+
+
+def _rotary(
+    node: fx.Node, values: Values, places: Sequence[Place], query: Query, rows: Sequence[tuple[Index, object]]
+) -> tuple[Slab | None, Rotation | None]:
+    """k_pe before the rotation that the query has, too."""
+    if not places:
+        return None, None
+    if query.rotation is None:
+        chains = [values.follow(place) for place in places]
+        k_pe, rotation = find_slab(chains, rows, [query.dtype], (Index(), len(places))), None
+    else:
+        tables = {factor.key for factor in (*query.rotation.cos, *query.rotation.sin)}
+        columns = [values.terms(place) for place in places]
+
+        def is_table(factor: Factor) -> bool:
+            return factor.key in tables
+
+        rotation = find_rotation(columns, is_table)
+        if rotation is None or (rotation.style, _keys(rotation)) != (query.rotation.style, _keys(query.rotation)):
+            raise Unreadable(f"{node.name}: its rotary columns are not turned as the query's are")
+        values.record_turned(columns, is_table)
+        k_pe = find_slab([factor.chain for factor in rotation.x], rows, [query.dtype], (Index(), len(places)))
+    if k_pe is None:
+        raise Unreadable(f"{node.name}: its last {len(places)} columns are no part of a tensor of {query.dtype}")
+    return k_pe, rotation
+
+
+def _keys(rotation: Rotation) -> list[object]:
+    def key(factor: Factor) -> object:
+        return factor.key
+
+    return [key(factor) for factor in (*rotation.cos, *rotation.sin)]
+
+
+def _base(target: fx.Node, width: int, quant: Quant | None) -> fx.Node:
+    """The cache that a write through order-keeping views writes to."""
+    base = target
+    while is_call(base, *KEEPS_ORDER):
+        source = base.args[0]
+        assert isinstance(source, fx.Node)
+        if value_of(source).dtype.itemsize != value_of(base).dtype.itemsize:
+            break
+        base = source
+    value = value_of(base)
+    if value.dim() not in (2, 3) or value.shape[-1] != width or not all(isinstance(each, int) for each in value.shape):
+        raise Unreadable(f"{base.name}: a cache {list(value.shape)}, expected [blocks, block_size, {width}] or [slots, {width}]")
+    if not all(isinstance(each, int) for each in (*value.stride(), value.storage_offset())) or value.stride(-1) != 1:
+        raise Unreadable(f"{base.name}: a cache of strides {list(value.stride())}, expected numbers, the last one 1")
+    held = value_of(target).dtype
+    if quant is not None and held not in (quant.dtype, torch.uint8):
+        raise Unreadable(f"{base.name}: a cache of {held} for codes of {quant.dtype}")
+    if quant is not None and value.dtype not in (quant.dtype, torch.uint8):
+        raise Unreadable(f"{base.name}: a cache of {value.dtype} for codes of {quant.dtype}")
+    if quant is None and (value.dtype is not held or value.dtype in (*FP8_TYPES, torch.uint8)):
+        raise Unreadable(f"{base.name}: a cache of {value.dtype} for numbers that are not quantised")
+    return base
+
+
+def _slots(reader: Reader, node: fx.Node, target: fx.Node, indices: Sequence[fx.Node | None], entries: torch.Size) -> fx.Node:
+    """The vector of slots that the indices of a write of `entries` [T, L+R] or [T, 1, L+R] are made of."""
+    shape = value_of(target).shape
+    if any(each is None for each in indices) or len(indices) not in (1, 2) or len(shape) != len(entries) - 1 + len(indices):
+        raise Unreadable(f"{node.name}: an index that is not one slot for each entry")
+    if len(indices) == 1:
+        if len(shape) == 3 and shape[1] != 1:
+            raise Unreadable(f"{node.name} writes whole blocks")
+        return _vector(indices[0], entries[0])
+    block, place = (reader.source(each, (reader.variable("t"),)) for each in indices if each is not None)
+    size = shape[1]
+    divided = is_call(block[0], aten.div.Tensor_mode) and block[0].kwargs.get("rounding_mode") == "floor"
+    divided = divided or is_call(block[0], aten.floor_divide.default)
+    remains = is_call(place[0], aten.remainder.Scalar)
+    if not (divided and remains and block[0].args[1] == place[0].args[1] == size):
+        raise Unreadable(f"{node.name}: blocks and places that are not a slot divided by {size} and what remains")
+    sources = [reader.operand(each, index, each.args[0]) for each, index in (block, place)]  # type: ignore[arg-type]
+    if reader.source(*sources[0]) != reader.source(*sources[1]):
+        raise Unreadable(f"{node.name}: blocks and places of different slots")
+    return _vector(sources[0][0], entries[0])
+
+
+def _vector(node: fx.Node | None, tokens: object) -> fx.Node:
+    assert node is not None
+    value = value_of(node)
+    if value.dim() != 1 or value.dtype not in (torch.int32, torch.int64) or not may_be_same(value.shape[0], tokens):
+        raise Unreadable(f"{node.name}: slots {list(value.shape)} of {value.dtype}, expected [{tokens}] integers")
+    return node

@@ -1,0 +1,143 @@
+"""Graphs that are almost a prologue: whatever the pass makes of them computes what they compute."""
+
+import copy
+import functools
+
+import fx_models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from mlagen.fx import FuseProloguePass, FusionConfig, LiftQPrepPass
+
+pytestmark = pytest.mark.host
+
+TOKENS = 4
+CONFIG = FusionConfig(enabled=True, arch="gfx950", division_as_product=True)
+aten = torch.ops.aten
+
+
+@functools.cache
+def traced(name):
+    """The functional graph of a layer, as Inductor's passes see one, and its inputs."""
+    layer = fx_models.SPELLINGS[name]()
+    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    x, slots, positions = fx_models.batch(TOKENS)
+
+    def run(*values):
+        inputs = values[len(state) :]
+        result = torch.func.functional_call(layer, dict(zip(state, values, strict=False)), inputs)
+        return (*result, inputs[1])
+
+    inputs = (*state.values(), x, fx_models.new_cache(layer), slots, positions)
+    with torch.no_grad():
+        graph = make_fx(torch.func.functionalize(run, remove="mutations"), select_decomp_table(), "fake")(*inputs)
+    for node in graph.graph.nodes:
+        if node.target is aten.empty.memory_format:
+            node.target = aten.zeros.default  # a changed graph may read it
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, inputs, layer
+
+
+def evaluate(module, inputs):
+    with torch.no_grad():
+        return torch.fx.Interpreter(module).run(*(each.clone() for each in inputs))
+
+
+def with_values(module, inputs):
+    """A module whose nodes know their values; None where the change made no sense to torch."""
+    mode = torch._subclasses.FakeTensorMode()
+    try:
+        module.graph.lint()
+        with torch.no_grad():
+            FakeTensorProp(module, mode).propagate(*inputs)
+            return evaluate(module, inputs)
+    except Exception:
+        return None
+
+
+def assert_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype is other.dtype
+        if one.dtype is torch.uint8:
+            one, other = one.view(torch.float8_e4m3fn), other.view(torch.float8_e4m3fn)
+        one, other = one.float().nan_to_num(1e4), other.float().nan_to_num(1e4)
+        largest = other.abs().max().item()
+        assert torch.allclose(one, other, rtol=2**-3, atol=2**-5 * largest)
+
+
+@pytest.mark.parametrize("name", fx_models.SPELLINGS)
+def test_the_graph_itself_is_fused(name):
+    module, inputs, _ = traced(name)
+    module = copy.deepcopy(module)
+    expected = with_values(module, inputs)
+    assert FuseProloguePass(CONFIG)(module.graph) == 1
+    module.recompile()
+    assert_close(evaluate(module, inputs), expected)
+
+
+def like(node, other):
+    one, two = node.meta.get("val"), other.meta.get("val")
+    tensors = isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)
+    return tensors and one.shape == two.shape and one.dtype is two.dtype
+
+
+def change(module, data):
+    """One change of a graph; says what it was."""
+    nodes = [node for node in module.graph.nodes if node.op == "call_function" and node.target is not aten.copy_.default]
+    node = data.draw(st.sampled_from(nodes))
+    kind = data.draw(st.sampled_from(["drop", "duplicate", "swap", "number", "other", "use"]))
+    if kind == "drop":
+        same = [each for each in node.all_input_nodes if like(each, node)]
+        if same:
+            node.replace_all_uses_with(data.draw(st.sampled_from(same)))
+    elif kind == "duplicate" and node.users:
+        with module.graph.inserting_after(node):
+            twin = module.graph.node_copy(node)
+        user = data.draw(st.sampled_from(list(node.users)))
+        user.replace_input_with(node, twin)
+    elif kind == "swap" and len(node.args) >= 2:
+        node.args = (node.args[1], node.args[0], *node.args[2:])
+    elif kind == "number":
+        places = [place for place, each in enumerate(node.args) if isinstance(each, int | float) and not isinstance(each, bool)]
+        if places:
+            place = data.draw(st.sampled_from(places))
+            args = list(node.args)
+            args[place] = args[place] + data.draw(st.sampled_from([-1, 1, 8]))
+            node.args = tuple(args)
+    elif kind == "other" and node.all_input_nodes:
+        old = data.draw(st.sampled_from(node.all_input_nodes))
+        earlier = [each for each in module.graph.nodes if each < node and each is not old and like(each, old)]
+        if earlier:
+            node.replace_input_with(old, data.draw(st.sampled_from(earlier)))
+    elif kind == "use":
+        (output,) = (each for each in module.graph.nodes if each.op == "output")
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            output.args = ((*output.args[0], node),)
+    return kind, node.name
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_changed_graph_is_never_miscompiled(data):
+    module, inputs, _ = traced(data.draw(st.sampled_from(sorted(fx_models.SPELLINGS)), label="spelling"))
+    module = copy.deepcopy(module)
+    for _ in range(data.draw(st.integers(1, 2), label="changes")):
+        change(module, data)
+    expected = with_values(module, inputs)
+    if expected is None:
+        return
+    for each in (FuseProloguePass, LiftQPrepPass):
+        changed = copy.deepcopy(module)
+        with_values(changed, inputs)
+        before = str(changed.graph)
+        count = each(CONFIG)(changed.graph)
+        assert count or str(changed.graph) == before
+        changed.recompile()
+        assert_close(evaluate(changed, inputs), expected)
