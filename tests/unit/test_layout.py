@@ -47,7 +47,11 @@ LAYERS = (
     Layer("verify", "verify", "runtime oracle"),
     Layer("timing", "timing", "verify"),  # one way to time: a kernel, a floor
     Layer("peers", "peers", "timing"),  # what a kernel is timed beside
-    Layer("top", "__init__ __main__ build bench tune ops doctor cli cli_bench cli_files cli_options cli_tools cli_tune", "peers"),
+    Layer(
+        "top",
+        "__init__ __main__ build bench tune ops doctor cli cli_bench cli_files cli_options cli_tools cli_tune",
+        "peers integrations",
+    ),
 )
 
 # Third-party packages that only these modules may import.
