@@ -22,7 +22,7 @@ def toy() -> ModuleType:
 
 @pytest.fixture
 def build(toy, monkeypatch) -> Callable:
-    """build(options, plugin=...): a model, with or without the plugin."""
+    """build(options, plugin=...): a model, with or without the plugin.  build.decodes: layers that decoded through it."""
     from vllm.model_executor import custom_op
 
     from mlagen.integrations.vllm import log, prologue, register
@@ -38,6 +38,13 @@ def build(toy, monkeypatch) -> Callable:
         monkeypatch.setattr(custom_op, "op_registry_oot", replaced if plugin else {})
         return toy.Model(options)
 
+    decode, build_.decodes = prologue.Prologue._decode, []
+
+    def counted(self, *arguments):
+        build_.decodes.append(self.layer_name)
+        decode(self, *arguments)
+
+    monkeypatch.setattr(prologue.Prologue, "_decode", counted)
     return build_
 
 

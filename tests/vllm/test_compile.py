@@ -8,9 +8,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.host, pytest.mark.slow]
 STOCK = "vllm::unified_mla_attention_with_output"
 OURS = "vllm::mlagen_mla_attention"
 SPLITS = {
-    "vLLM's own": None,
-    "whole": [],
-    "a user's": [STOCK],
+    "vLLM's own": {},
+    "by Inductor": {"use_inductor_graph_partition": True},
+    "whole": {"splitting_ops": []},
+    "a user's": {"splitting_ops": [STOCK]},
 }
 
 
@@ -18,18 +19,17 @@ SPLITS = {
 def compiled(toy, build):
     from vllm.config.compilation import CompilationMode, PassConfig
 
-    def model(splitting_ops, *, plugin, **options):
+    def model(split, *, plugin):
         # Off, since its kernel is one of those that are not here: vLLM's own fusion of RoPE and the cache write, which it has where
-        # a user's list leaves both in one graph.
-        config = {"pass_config": PassConfig(fuse_rope_kvcache_cat_mla=False)}
-        config |= {} if splitting_ops is None else {"splitting_ops": list(splitting_ops)}
-        return build(toy.Options(mode=CompilationMode.VLLM_COMPILE, config=config, **options), plugin=plugin)
+        # both are left in one graph.
+        config = {"pass_config": PassConfig(fuse_rope_kvcache_cat_mla=False), **split}
+        return build(toy.Options(mode=CompilationMode.VLLM_COMPILE, config=config), plugin=plugin)
 
     return model
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_batches_of_each_kind(compiled, toy, name):
+def test_batches_of_each_kind(compiled, build, toy, name):
     """One compiled graph serves them all, and prefills are stock's bit for bit."""
     stock, ours = (compiled(SPLITS[name], plugin=plugin) for plugin in (False, True))
     for batch in (
@@ -41,15 +41,17 @@ def test_batches_of_each_kind(compiled, toy, name):
         assert torch.equal(expected, found)
         for one, other in zip(stock.caches, ours.caches, strict=True):
             assert torch.equal(one, other)
+    assert not build.decodes
     batch = toy.Batch(((1, 7), (1, 7), (1, 30)), 3, padding=2)
     expected, found = stock.run(batch)[:3], ours.run(batch)[:3]
     assert (expected.float() - found.float()).abs().max() <= 8 * 2**-7 * expected.float().abs().max()
+    assert len(build.decodes) == 2
     differ = (stock.caches[0] != ours.caches[0]).sum(-1)
     assert differ.max() <= 1, "Inductor's RoPE keeps fp32 to its end, and rounds once more than ours"
 
 
 def test_a_graph_is_split_at_our_operator(compiled):
-    assert OURS in compiled(None, plugin=True).config.compilation_config.splitting_ops
+    assert OURS in compiled({}, plugin=True).config.compilation_config.splitting_ops
 
 
 def test_a_users_list_still_reads_as_one_with_attention(build):

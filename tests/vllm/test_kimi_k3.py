@@ -38,4 +38,4 @@ def test_it_takes_the_place_of_vllms_fused_decode(build, toy, wrapper):
     for each in ours.module.layers:
         each._fused_qk_prep = True  # as on a machine with AITER
     ours.run(toy.Batch(((1, 5), (1, 17)), 2))
-    assert len(ours.queries) == 2
+    assert len(build.decodes) == len(ours.queries) == 2

@@ -1,6 +1,7 @@
 """The plugin against stock vLLM: the same model, weights, caches and batches."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def check_decode(build, options, batch):
     stock, ours, fp32_rope = build(options, plugin=False), build(options), build(replace(options, fp32_rope=True), plugin=False)
     before = ours.caches[0].clone()
     expected, found = run(stock, batch), run(ours, batch)
-    assert len(ours.queries) == len(stock.queries) == 2
+    assert len(build.decodes) == len(ours.queries) == len(stock.queries) == 2
     # Both layers round their outputs, and what is in between, to the model's dtype.
     few_roundings = 8 * torch.finfo(options.dtype).eps * expected.float().abs().max()
     assert (expected.float() - found.float()).abs().max() <= few_roundings
@@ -85,6 +86,7 @@ def test_other_batches_are_stock_bit_for_bit(build, toy, model, name):
     assert torch.equal(run(stock, batch), run(ours, batch))
     for one, other in zip(stock.caches, ours.caches, strict=True):
         assert torch.equal(one, other)
+    assert not build.decodes
 
 
 def test_a_decode_after_a_prefill_reads_what_that_wrote(build, toy):
@@ -137,22 +139,14 @@ def test_a_table_in_fp32(build, toy):
 def test_weights_that_are_loaded_again_are_packed_again(build, toy):
     """Into the same memory, which captured graphs read."""
     ours = build(toy.Options())
-    batch = toy.Batch(**DECODE)
-    first = run(ours, batch)
-    where = [each.mlagen.packed.data_ptr() for each in ours.attentions]
     for each in ours.attentions:
+        prologue = each.mlagen
+        before, where = prologue.packed.clone(), prologue.packed.data_ptr()
         each.kv_b_proj.weight.neg_()
         each.process_weights_after_loading(torch.bfloat16)
-    again = run(ours, batch)
-    assert not torch.equal(first, again)
-    assert [each.mlagen.packed.data_ptr() for each in ours.attentions] == where
-    stock = build(toy.Options(), plugin=False)
-    run(stock, batch)  # the entries of the first run
-    for each in stock.attentions:
-        each.kv_b_proj.weight.neg_()
-        each.process_weights_after_loading(torch.bfloat16)
-    expected = run(stock, batch)
-    assert (expected.float() - again.float()).abs().max() <= 8 * 2**-7 * expected.float().abs().max()
+        assert each.mlagen is prologue
+        assert prologue.packed.data_ptr() == where
+        assert torch.equal(prologue.packed, -before)
 
 
 def test_a_clamp_where_vllm_has_it(build, toy):
@@ -166,3 +160,22 @@ def test_a_clamp_where_vllm_has_it(build, toy):
         model.run(toy.Batch(**DECODE))
     largest = {each.queries[0].float().abs().max().item() for each in (stock, ours)}
     assert largest == {224.0 if current_platform.is_fp8_fnuz() else 448.0}
+
+
+@pytest.mark.parametrize("backend", ["ROCM_AITER_MLA", "TRITON_MLA"])
+@pytest.mark.parametrize("cache", ["fp8", "auto"])
+@pytest.mark.parametrize("tp", [8, 16])
+def test_a_layer_asks_for_a_kernel_that_was_built_beforehand(build, toy, backend, cache, tp):
+    """Or else a deployment without a compiler would not find it."""
+    from mlagen.integrations.vllm.choice import choose
+    from mlagen.integrations.vllm.deployment import deployment_options
+    from mlagen.integrations.vllm.prologue import _target
+    from mlagen.spec import PrologueSpec
+
+    model, target = build(toy.Options()), _target(torch.device("cpu"))
+    sizes = {"num_heads": 128 // tp, "qk_nope_head_dim": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    takes_fp8 = SimpleNamespace(supports_quant_query_input=backend == "ROCM_AITER_MLA")
+    attn = SimpleNamespace(**sizes, kv_cache_dtype=cache, impl=takes_fp8, attn_backend=SimpleNamespace(get_name=lambda: backend))
+    wrapper = SimpleNamespace(mla_attn=attn, rotary_emb=model.module.layers[0].rotary_emb)
+    built = [PrologueSpec.from_model("deepseek-r1", tp=tp, **each) for each in deployment_options("deepseek-r1", tp, target)]
+    assert choose(wrapper, torch.bfloat16, None, target).spec in built

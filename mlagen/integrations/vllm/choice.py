@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from mlagen.dtypes import DType
 from mlagen.errors import SpecError
+from mlagen.integrations.vllm.deployment import fp8_limit, is_pair
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
 
@@ -16,12 +16,6 @@ FP8_CACHES = ("fp8", "fp8_e4m3")
 
 BACKENDS = ("ROCM_AITER_MLA", "TRITON_MLA")
 """Attention that was tested behind a kernel, by vLLM's names of it."""
-
-STATIC_QUANT_LIMIT_FNUZ = 224.0
-"""Where vLLM's static quantiser clamps e4m3fnuz, whose own limit is 240."""
-
-AITER_HEADS = 16
-"""AITER's MLA decode takes query heads in multiples of this; fewer heads may also go to its Gluon kernels, which take a pair."""
 
 
 class Unfit(Exception):
@@ -90,7 +84,7 @@ def choose(wrapper: Any, dtype: torch.dtype, weight: str | None, target: Target)
     kv_dtype = "fp8" if attn.kv_cache_dtype in FP8_CACHES else model
     q_dtype = "fp8" if kv_dtype == "fp8" and attn.impl.supports_quant_query_input else model
     is_aiter = attn.attn_backend.get_name() == "ROCM_AITER_MLA"
-    has_pair = q_dtype != "fp8" and is_aiter and attn.num_heads < AITER_HEADS and attn.qk_rope_head_dim > 0
+    has_pair = is_aiter and is_pair(q_dtype, attn.num_heads, attn.qk_rope_head_dim)
     try:
         spec = PrologueSpec(
             heads=attn.num_heads,
@@ -102,7 +96,7 @@ def choose(wrapper: Any, dtype: torch.dtype, weight: str | None, target: Target)
             weight=weight,
             q_dtype=q_dtype,
             kv_dtype=kv_dtype,
-            fp8_max=STATIC_QUANT_LIMIT_FNUZ if kv_dtype == "fp8" and target.fp8 is DType.E4M3FNUZ else None,
+            fp8_max=fp8_limit(kv_dtype, target),
             q_split=has_pair,
         )
     except SpecError as error:

@@ -133,10 +133,17 @@ class _Unrotated:
 
 
 def _rotation(rotary: Any) -> Any:
-    """vLLM's RoPE as the wrapper's graph would have it: inside of our operator torch.compile does not see it by itself."""
-    if rotary is None or rotary.enabled():
+    """vLLM's RoPE as the wrapper's graph would have it: inside of our operator torch.compile does not see it by itself.
+
+    Once for a module, which all layers share: each torch.compile would trace it again.
+    """
+    from vllm.model_executor.custom_op import CustomOp
+
+    if not isinstance(rotary, CustomOp) or rotary.enabled():
         return rotary
-    return rotary.maybe_compile(rotary.forward_native)
+    if "mlagen_rotation" not in rotary.__dict__:
+        rotary.mlagen_rotation = rotary.maybe_compile(rotary.forward_native)
+    return rotary.mlagen_rotation
 
 
 def _define_operator() -> None:
