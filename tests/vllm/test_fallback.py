@@ -95,18 +95,23 @@ def test_a_cache_of_another_layout(build, toy, said, word, change):
     ours = build(toy.Options())
     said.clear()
     metadata = SimpleNamespace(num_actual_tokens=2, num_decode_tokens=2)
-    prologue: Prologue = ours.attentions[0].mlagen
-    assert prologue._is_decode(metadata, ours.caches[0], torch.zeros(2, dtype=torch.int64))
+    attn = ours.attentions[0]
+    prologue: Prologue = attn.mlagen
+    assert prologue._is_decode(attn, metadata, ours.caches[0], torch.zeros(2, dtype=torch.int64))
     for _ in range(2):
-        assert not prologue._is_decode(metadata, change(ours.caches[0]), torch.zeros(2, dtype=torch.int64))
+        assert not prologue._is_decode(attn, metadata, change(ours.caches[0]), torch.zeros(2, dtype=torch.int64))
     (line,) = said
     assert word in line
-    assert not prologue._is_decode(metadata, ours.caches[0][:0], torch.zeros(2, dtype=torch.int64))
+    assert not prologue._is_decode(attn, metadata, ours.caches[0][:0], torch.zeros(2, dtype=torch.int64))
 
 
-def test_fewer_slots_than_tokens(build, toy, said):
-    ours = build(toy.Options())
+def test_arguments_of_another_kind(build, toy, said):
+    """Fewer slots than tokens, and scales of heads."""
+    attn = build(toy.Options()).attentions[0]
     said.clear()
     metadata = SimpleNamespace(num_actual_tokens=2, num_decode_tokens=2)
-    assert not ours.attentions[0].mlagen._is_decode(metadata, ours.caches[0], torch.zeros(1, dtype=torch.int64))
+    assert not attn.mlagen._is_decode(attn, metadata, attn.kv_cache, torch.zeros(1, dtype=torch.int64))
+    attn._q_scale = torch.ones(4)
+    assert not attn.mlagen._is_decode(attn, metadata, attn.kv_cache, torch.zeros(2, dtype=torch.int64))
     assert "a slot mapping [1] for 2 tokens" in said[0]
+    assert "a scale for each head" in said[1]

@@ -36,7 +36,7 @@ def register() -> None:
     except RequestError as error:
         _warn(f"{error}; vLLM stays as it is")
         return
-    version = importlib.metadata.version("vllm")
+    version = _version()
     if not is_tested(version):
         _warn(f"vLLM {version} was not tested with this version of mlagen ({', '.join(TESTED)} was); vLLM stays as it is")
         return
@@ -44,6 +44,14 @@ def register() -> None:
 
     if not install():
         _warn("another plugin has replaced vLLM's MLA layer; vLLM stays as it is")
+
+
+def _version() -> str:
+    """The version of vLLM, which need not be installed as a package where it runs from its sources."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def _warn(text: str) -> None:

@@ -44,12 +44,12 @@ class Prologue:
         q [T,H,P+R], which is overwritten where vLLM's path rotates it; kv_c [T,L]; k_pe [T,1,R]; positions [T]; slots [<= T];
         output [T, H*V], the first num_actual_tokens rows of which are written, or all with zeros where there is no metadata.
         """
-        if self._is_decode(metadata, kv_cache, slots):
+        if self._is_decode(attn, metadata, kv_cache, slots):
             self._decode(attn, metadata, kv_cache, slots, q, kv_c, k_pe, positions, output)
         else:
             self._stock(attn, metadata, kv_cache, slots, q, kv_c, k_pe, positions, output)
 
-    def _is_decode(self, metadata: Any, kv_cache: torch.Tensor, slots: torch.Tensor | None) -> bool:
+    def _is_decode(self, attn: Any, metadata: Any, kv_cache: torch.Tensor, slots: torch.Tensor | None) -> bool:
         """Whether every token of the batch is one of a decode, of one token or of a few (speculative decoding)."""
         if metadata is None or slots is None or kv_cache.numel() == 0:
             return False  # a profiling run, or one without a cache
@@ -64,6 +64,8 @@ class Prologue:
             reason = f"a KV cache whose entries have stride {kv_cache.stride(-1)}"
         elif slots.dim() != 1 or slots.shape[0] < tokens:
             reason = f"a slot mapping {list(slots.shape)} for {tokens} tokens"
+        elif attn._q_scale.numel() != 1 or attn._k_scale.numel() != 1:
+            reason = "a scale for each head"
         if reason is not None:
             stand_aside(self.layer_name, reason)
         return reason is None
