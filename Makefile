@@ -8,9 +8,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST = $(BIN)/python -m pytest $(PYTEST_FLAGS)
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PYTEST = $(VLLM_VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-isa test-gpu bench-runtime lint clean distclean
+.PHONY: help venv demo test test-isa test-vllm test-gpu bench-runtime lint clean distclean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +49,20 @@ test-isa: venv ## run the machine code in tinygrad's emulator; TINYGRAD_ROOT nam
 	  { echo "make: no test/mockgpu/amd/emu.py in TINYGRAD_ROOT='$$TINYGRAD_ROOT'; name a tinygrad source checkout" >&2; exit 1; }
 	$(PYTEST) tests/isa
 
+test-vllm: $(VLLM_STAMP) ## run the plugin in real vLLM on the CPU, as if on gfx942 and on gfx950
+	VLLM_TEST_ARCH=gfx942 $(VLLM_PYTEST) tests/vllm
+	VLLM_TEST_ARCH=gfx950 $(VLLM_PYTEST) tests/vllm
+
+# An environment of its own: vLLM brings eighty packages that mlagen does not need.
+$(VLLM_STAMP): pyproject.toml requirements/vllm.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: PYTHON=$(PYTHON) is no Python 3.11 or newer, which requirements/vllm.txt needs" >&2; exit 1; }
+	@$(VLLM_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) --no-deps -r requirements/vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 test-gpu: venv ## run every device test on the GPU that torch sees
 	$(BIN)/python -m pytest tests/gpu
 
@@ -61,5 +78,5 @@ clean: ## remove what builds and tests left behind
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find mlagen tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## remove .venv and .venv-vllm too
+	rm -rf $(VENV) $(VLLM_VENV)

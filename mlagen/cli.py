@@ -40,9 +40,10 @@ from mlagen.cli_options import (
     plain_console,
 )
 from mlagen.errors import BuildError, MlagenError, RequestError, VerificationError
+from mlagen.integrations.vllm.deployment import deployment_options
 from mlagen.models import PRESETS
 from mlagen.shipped import ARCHS, Request, representative, request, shipped_matrix
-from mlagen.target import find_target
+from mlagen.target import Target, find_target
 
 GENERATED = Path("generated")
 INTERRUPTED = 130
@@ -67,8 +68,17 @@ def _folder(text: str) -> Path:
 
 
 def _requests(model: str, tp: int, archs: list[str] | None, **options: Any) -> list[Request]:
-    targets = [find_target(arch) for arch in dict.fromkeys(archs or ARCHS)]
-    return [request(model, tp, target, **options) for target in targets]
+    return [request(model, tp, target, **options) for target in _targets(archs)]
+
+
+def _targets(archs: list[str] | None) -> list[Target]:
+    return [find_target(arch) for arch in dict.fromkeys(archs or ARCHS)]
+
+
+def _vllm_requests(model: str, tp: int, archs: list[str] | None, weight: str | None) -> list[Request]:
+    """What the plugin for vLLM may load of a model."""
+    wanted = [(target, options) for target in _targets(archs) for options in deployment_options(model, tp, target)]
+    return [request(model, tp, target, weight=weight, **options) for target, options in wanted]
 
 
 @app.command()
@@ -107,6 +117,7 @@ def build(
     kv_layout: KvLayout = "paged",
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
     toolchain: Annotated[str, typer.Option(help="auto; for AMD zig or rocm; for NVIDIA nvrtc or nvcc.")] = "auto",
+    vllm: Annotated[bool, typer.Option("--vllm", help="Every kernel of MODEL that vLLM may ask for, see docs/vllm.md.")] = False,
     build_all: Annotated[bool, typer.Option("--all", help="Every preset, TP size, arch and dtype that the project ships.")] = False,
     generated: Annotated[bool, typer.Option("--generated", help="The sources that are checked in under generated/.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; say what differs from what is there.")] = False,
@@ -121,10 +132,17 @@ def build(
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
     options |= {"q_scaling": q_scaling, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
-    if model is not None:
+    names = (*options, "rope_first", "no_write_q", "no_write_kv")
+    if model is not None and vllm:
+        for name in names:
+            if name != "weight" and _given(context, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise RequestError(f"{flag} does not go with --vllm, which asks for each that vLLM may; leave one of them out")
+        requests = _vllm_requests(model, tp, arch, weight)
+    elif model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
-        for name in ("tp", "arch", *options, "rope_first", "no_write_q", "no_write_kv"):
+        for name in ("tp", "arch", "vllm", *names):
             if _given(context, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")

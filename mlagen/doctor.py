@@ -17,6 +17,7 @@ from mlagen import __version__, cuda_toolchain, toolchain
 from mlagen.binaries import bundle_folders, jit_allowed
 from mlagen.cache import DiskCache, lock_timeout
 from mlagen.errors import MlagenError, RequestError
+from mlagen.integrations.vllm import plugin as vllm_plugin
 from mlagen.manifest import damaged_files, read_manifest
 from mlagen.tables import read_tables
 from mlagen.target import TARGETS
@@ -47,6 +48,7 @@ class Report:
     devices: list[Finding]
     cache: list[Finding]
     bundles: list[Finding]
+    integrations: list[Finding]
     environment: list[Finding]
     versions: dict[str, str | None]
 
@@ -58,7 +60,7 @@ class Report:
 
 def examine() -> Report:
     """Look at everything.  Takes a few seconds: compilers that are there compile a trial kernel.  Raises nothing."""
-    return Report(_compilers(), _drivers(), _devices(), [_cache()], _bundles(), _environment(), _versions())
+    return Report(_compilers(), _drivers(), _devices(), [_cache()], _bundles(), [_vllm()], _environment(), _versions())
 
 
 def _finding(name: str, remedy: str, look: Callable[[], str]) -> Finding:
@@ -205,6 +207,29 @@ def _bundles() -> list[Finding]:
     return found
 
 
+def _vllm() -> Finding:
+    """Whether vLLM would decode through mlagen, as far as that can be known without importing it."""
+    name, version = "vLLM", _version("vllm")
+    if version is None:
+        return Finding(name, False, "not installed", "pip install vllm, or its image for ROCm; only serving with it needs it")
+    facts = {"version": version, "tested": vllm_plugin.is_tested(version)}
+    if not facts["tested"]:
+        remedy = f"versions that were: {', '.join(vllm_plugin.TESTED)}"
+        return Finding(name, False, f"vLLM {version} was not tested with mlagen, which leaves it alone", remedy, facts)
+    if "mlagen" not in importlib.metadata.entry_points(group=vllm_plugin.GROUP).names:
+        return Finding(name, False, f"vLLM {version} does not find mlagen's entry point", "pip install mlagen", facts)
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "mlagen" not in allowed.split(","):
+        remedy = "unset VLLM_PLUGINS, or name mlagen in it"
+        return Finding(name, False, f"vLLM {version} leaves mlagen out: VLLM_PLUGINS={allowed}", remedy, facts)
+    try:
+        facts["on"] = vllm_plugin.switched_on()
+    except RequestError as error:
+        return Finding(name, False, f"vLLM {version}, mlagen is off", str(error), {**facts, "on": False})
+    detail = "on; its log says for each model whether decode is fused" if facts["on"] else "off; MLAGEN_VLLM=1 switches it on"
+    return Finding(name, True, f"vLLM {version}, mlagen is {detail}", facts=facts)
+
+
 def _any(text: str) -> None:
     """For a variable that may have any value, or whose value shows elsewhere in the report."""
 
@@ -226,6 +251,7 @@ VARIABLES: dict[str, Callable[[str], object]] = {
     "MLAGEN_LOCK_TIMEOUT": lambda _: lock_timeout(),
     "MLAGEN_TABLES": read_tables,
     "MLAGEN_TOOLCHAIN": _one_of(toolchain.TOOLCHAINS),
+    "MLAGEN_VLLM": lambda _: vllm_plugin.switched_on(),
 }
 """Every environment variable that mlagen reads, with what raises MlagenError where its value will not do."""
 

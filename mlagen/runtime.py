@@ -53,7 +53,8 @@ class Kernel:
         self.generated = self.variants[0].generated
         self._checker = Checker(spec, target, device)
         # For a call without scales; two, since calls with one object in two places take longer to recognise.
-        self.unit_scales = torch.ones((), device=device), torch.ones((), device=device)
+        one = torch.ones((), dtype=torch.float32, device=device)  # whatever torch's default dtype is
+        self.unit_scales = one, one.clone()
         if type(self.unit_scales[0]) is not torch.Tensor:
             found = type(self.unit_scales[0]).__name__
             raise MlagenError(f"load: a tensor made here is a {found}: load kernels outside of fake modes")

@@ -253,7 +253,9 @@ class FuseProloguePass:
         if found is not None:
             return found
         rows = [self._row(factors, query, emit) for factors in (rotation.cos, rotation.sin)]
-        count = emit(aten.sym_size.int, rows[0], 0)
+        count = value_of(rows[0]).shape[0]
+        if not isinstance(count, int):  # torch 2.11's Inductor takes no operator that gives a plain number
+            count = emit(aten.sym_size.int, rows[0], 0)
         device = value_of(rows[0]).device
         positions = emit(prims.iota.default, count, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False)
         return Tables(rows[0], rows[1], positions)

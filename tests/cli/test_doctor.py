@@ -64,7 +64,7 @@ def test_in_words(run):
     done = run(without=("torch",), MLAGEN_JIT="1")
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.strip() for line in done.stdout.splitlines()]
-    for section in ("compilers", "drivers", "devices", "cache", "bundles", "environment", "versions"):
+    for section in ("compilers", "drivers", "devices", "cache", "bundles", "integrations", "environment", "versions"):
         assert section in lines
     assert re.search(r"ok ziglang +ziglang \d+\.\d+\.\d+ \(clang", done.stdout)
     assert re.search(r"-- torch .*\n +-> pip install 'mlagen\[torch\]'", done.stdout)

@@ -329,3 +329,8 @@ def test_no_request_ends_in_a_traceback(command, words):
     result = run(command, *words)
     assert result.status in (0, 1, 2)
     assert result.err.count("\n") == (result.status != 0)
+
+
+def test_what_vllm_may_ask_for_has_no_options():
+    assert "--kv-dtype does not go with --vllm" in refused("build", "deepseek-r1", "--vllm", "--kv-dtype", "bf16")
+    assert "--vllm goes with a MODEL" in refused("build", "--all", "--vllm")

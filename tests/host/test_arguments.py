@@ -345,6 +345,16 @@ def test_a_load_under_a_fake_mode_is_refused():
     assert load(small_spec(heads=7), "cpu", arch="gfx950").unit_scales[0].item() == 1.0
 
 
+def test_a_load_under_another_default_dtype():
+    """vLLM sets the model's while it loads one; a scale of 1 is fp32 all the same."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kernel = load(small_spec(heads=5), "cpu", arch="gfx950")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    check(kernel, Workload(scales="none"))
+
+
 def test_packed_weights_off_their_alignment_are_refused():
     """The kernel reads them 16 bytes at a time, whatever the other rows are; a second call looks like the first, and is not."""
     kernel = load(small_spec(), "cpu", arch="gfx942")

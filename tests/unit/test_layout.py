@@ -49,7 +49,11 @@ LAYERS = (
     Layer("peers", "peers", "timing"),  # what a kernel is timed beside
     Layer("ops", "ops", "peers"),
     Layer("fx", "fx", "ops"),  # graphs that are given, rewritten to call the operators
-    Layer("top", "__init__ __main__ build bench tune doctor cli cli_bench cli_files cli_options cli_tools cli_tune", "fx"),
+    Layer(
+        "top",
+        "__init__ __main__ build bench tune doctor cli cli_bench cli_files cli_options cli_tools cli_tune",
+        "fx integrations",
+    ),
 )
 
 # Third-party packages that only these modules may import.

@@ -1,0 +1,117 @@
+"""Layers that keep vLLM's own path, and what the log says of them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.vllm, pytest.mark.host]
+
+DECODE = ((1, 5), (1, 17))
+
+
+FACTS = {
+    "sparse MLA": lambda wrapper: setattr(wrapper.mla_attn.impl, "is_sparse", True),
+    "DCP": lambda wrapper: setattr(wrapper.mla_attn.impl, "dcp_world_size", 2),
+    "PCP": lambda wrapper: setattr(wrapper.mla_attn, "use_pcp", True),
+    "host memory": lambda wrapper: setattr(wrapper.mla_attn, "hisparse_cache", object()),
+    "FLASHMLA": lambda wrapper: setattr(wrapper.mla_attn, "attn_backend", SimpleNamespace(get_name=lambda: "FLASHMLA")),
+    "pads heads itself": lambda wrapper: setattr(wrapper.mla_attn, "q_pad_num_heads", 128),
+    "sliding window": lambda wrapper: setattr(wrapper.mla_attn, "sliding_window", 64),
+    "fp8_e5m2": lambda wrapper: setattr(wrapper.mla_attn, "kv_cache_dtype", "fp8_e5m2"),
+    "fp8_ds_mla": lambda wrapper: setattr(wrapper.mla_attn, "kv_cache_dtype", "fp8_ds_mla"),
+}
+
+
+@pytest.mark.parametrize("word", FACTS)
+def test_a_layer_that_does_not_fit(build, toy, said, word):
+    """It has no kernel, and one line says why, for both layers together."""
+    ours = build(toy.Options())
+    said.clear()
+    for each in ours.module.layers:
+        FACTS[word](each)
+        each.mla_attn.mlagen = None
+        each.mla_attn.process_weights_after_loading(torch.bfloat16)
+        assert each.mla_attn.mlagen is None
+    (line,) = said
+    assert word in line
+    assert "model.layers.0.self_attn.attn" in line
+
+
+def test_another_rotation(build, toy):
+    """MRoPE has three positions for a token; whatever overrides vLLM's rotation is not known."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
+
+    from mlagen.integrations.vllm.choice import Unfit, rope_style
+
+    ours = build(toy.Options())
+    with set_current_vllm_config(ours.config):
+        mrope = MRotaryEmbedding(64, 64, 256, 10000.0, True, torch.bfloat16, mrope_section=[8, 12, 12])
+    with pytest.raises(Unfit, match="MRotaryEmbedding"):
+        rope_style(mrope, 64)
+    with pytest.raises(Unfit, match="RoPE of 64 of 32 columns"):
+        rope_style(ours.module.layers[0].rotary_emb, 32)
+
+
+def test_without_a_kernel_a_layer_is_stock(build, toy, said):
+    options, batch = toy.Options(), toy.Batch(DECODE, 2)
+    stock, ours = build(options, plugin=False), build(options)
+    for each in ours.attentions:
+        each.mlagen = None
+    assert torch.equal(stock.run(batch), ours.run(batch))
+    for one, other in zip(stock.caches, ours.caches, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_kernel_that_cannot_be_had(build, toy, said, monkeypatch):
+    """Serving goes on."""
+    from mlagen.errors import MissingKernelError
+    from mlagen.integrations.vllm import prologue
+
+    def load(*arguments, **options):
+        raise MissingKernelError("no kernel, and MLAGEN_JIT=0")
+
+    monkeypatch.setattr(prologue, "load", load)
+    options, batch = toy.Options(), toy.Batch(DECODE, 2)
+    stock, ours = build(options, plugin=False), build(options)
+    assert torch.equal(stock.run(batch), ours.run(batch))
+    (line,) = said
+    assert "no kernel, and MLAGEN_JIT=0" in line
+
+
+@pytest.mark.parametrize(
+    ("word", "change"),
+    [
+        ("a KV cache [16, 16, 640]", lambda cache: torch.cat((cache, cache), -1)),
+        ("torch.int8", lambda cache: cache.view(torch.int8)),
+        ("stride 16", lambda cache: cache.mT.contiguous().mT),
+    ],
+)
+def test_a_cache_of_another_layout(build, toy, said, word, change):
+    """Found when a batch comes: vLLM's path runs, and one line says why."""
+    from mlagen.integrations.vllm.prologue import Prologue
+
+    ours = build(toy.Options())
+    said.clear()
+    metadata = SimpleNamespace(num_actual_tokens=2, num_decode_tokens=2)
+    attn = ours.attentions[0]
+    prologue: Prologue = attn.mlagen
+    assert prologue._is_decode(attn, metadata, ours.caches[0], torch.zeros(2, dtype=torch.int64))
+    for _ in range(2):
+        assert not prologue._is_decode(attn, metadata, change(ours.caches[0]), torch.zeros(2, dtype=torch.int64))
+    (line,) = said
+    assert word in line
+    assert not prologue._is_decode(attn, metadata, ours.caches[0][:0], torch.zeros(2, dtype=torch.int64))
+
+
+def test_arguments_of_another_kind(build, toy, said):
+    """Fewer slots than tokens, and scales of heads."""
+    attn = build(toy.Options()).attentions[0]
+    said.clear()
+    metadata = SimpleNamespace(num_actual_tokens=2, num_decode_tokens=2)
+    assert not attn.mlagen._is_decode(attn, metadata, attn.kv_cache, torch.zeros(1, dtype=torch.int64))
+    attn._q_scale = torch.ones(4)
+    assert not attn.mlagen._is_decode(attn, metadata, attn.kv_cache, torch.zeros(2, dtype=torch.int64))
+    assert "a slot mapping [1] for 2 tokens" in said[0]
+    assert "a scale for each head" in said[1]
