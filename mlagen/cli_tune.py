@@ -81,10 +81,13 @@ def _measure(spec: "PrologueSpec", target: Target, counts: list[int], layers: in
     from mlagen import tune as tuning
 
     device = torch.device("cuda", torch.cuda.current_device())
-    entries = []
+    entries: list[Entry] = []
     for dependent in (False, True) if target.dependent_launch else (False,):
         timings = []
-        for timing in tuning.time_candidates(spec, target, device, counts, dependent=dependent, layers=layers, repeats=repeats):
+        m_tiles = [each.m_tiles for each in entries] or None  # both kinds of launch read the same packed weights
+        for timing in tuning.time_candidates(
+            spec, target, device, counts, dependent=dependent, m_tiles=m_tiles, layers=layers, repeats=repeats
+        ):
             timings.append(timing)
             best = min(timing.us, key=timing.us.__getitem__)
             count = f"{timing.tokens} token{'' if timing.tokens == 1 else 's'}"

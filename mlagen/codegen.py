@@ -21,7 +21,7 @@ from mlagen.ir import LEAST_ROW_SCALE, Program
 from mlagen.layout import Layout
 from mlagen.lowering import Lowered, Segment, Sink, lower
 from mlagen.rendering import environment, template_texts
-from mlagen.schedule import Pieces, Schedule, choose_schedule, cut
+from mlagen.schedule import Pieces, Schedule, cut, lay_out
 from mlagen.spec import PrologueSpec
 from mlagen.tables import choose_ranges
 from mlagen.target import Target
@@ -74,7 +74,7 @@ def generate(spec: PrologueSpec, target: Target, layout: Layout = Layout(), *, a
     aligned = aligned or target.unaligned_access
     program = spec.program(target)
     lowered = lower(program)
-    schedule = choose_schedule(lowered, target, waves_per_workgroup=layout.waves_per_workgroup, block=layout.block)
+    schedule = lay_out(lowered, target, layout)
     name = kernel_name(spec, target) + layout.suffix + ("" if aligned else "_unaligned")
     return render(name, program, lowered, schedule, target, aligned=aligned, dependent=layout.dependent)
 

@@ -36,7 +36,7 @@ from mlagen.errors import ScheduleError, TargetError
 from mlagen.layout import Layout
 from mlagen.lowering import Lowered, lower
 from mlagen.models import PRESETS
-from mlagen.schedule import Schedule, choose_schedule
+from mlagen.schedule import Schedule, lay_out
 from mlagen.shipped import TP_SIZES
 from mlagen.spec import PrologueSpec
 from mlagen.tables import Entry, Range, write_table
@@ -171,7 +171,7 @@ def predict(spec: PrologueSpec, target: Target, layout: Layout, token_tiles: int
 @functools.cache
 def _scheduled(spec: PrologueSpec, target: Target, layout: Layout) -> tuple[Lowered, Schedule]:
     lowered = lower(spec.program(target))
-    return lowered, choose_schedule(lowered, target, waves_per_workgroup=layout.waves_per_workgroup, block=layout.block)
+    return lowered, lay_out(lowered, target, layout)
 
 
 @functools.cache

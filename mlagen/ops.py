@@ -38,6 +38,7 @@ from mlagen.codes import packed_head_shape
 from mlagen.errors import ArgumentError, SpecError, TargetError
 from mlagen.runtime import Kernel, device_arch, load
 from mlagen.spec import PrologueSpec
+from mlagen.tables import base_layout
 from mlagen.target import TARGETS, find_target
 
 DECODE_PROLOGUE = (
@@ -257,7 +258,7 @@ def _expected(operator: str, spec: str, arch: str, device: torch.device) -> tupl
     """The checks of a kernel's arguments and the shape of a packed head, without loading the kernel."""
     parsed = _spec_for(operator, spec)
     target = find_target(arch or _arch_of(device))
-    generated = generate(parsed, target)
+    generated = generate(parsed, target, base_layout(parsed, target))
     tiles = generated.schedule.absorb
     return Checker(parsed, target, device), packed_head_shape(tiles, generated.codes) if tiles else ()
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from mlagen.errors import ScheduleError
+from mlagen.layout import Layout
 from mlagen.lowering import Lowered, Segment
 from mlagen.staging import Staging
 from mlagen.target import MmaAtom, Target
@@ -26,9 +27,9 @@ M_TILES = {"amd": (4, 2, 1), "nvidia": (2, 1)}
 """Atoms that may make a weight tile, best first.  AMD: with four a lane stores 16 fp8 codes at once.  NVIDIA: two, so that one head
 has enough warps, and a lane's fp8 codes still fill a word."""
 
-M_TILES_OF_CODES = {"amd": (4, 2, 1), "nvidia": (1,)}
+M_TILES_OF_CODES = {"amd": (4, 2, 1), "nvidia": (1, 2)}
 """The same where the weights are codes that become the model's dtype in registers.  NVIDIA: one, so that a wave, whose
-conversion is in the way of its product, has less to convert; found on an H200 with 16 heads."""
+conversion is in the way of its product, has less to convert; with 128 heads two are faster (H200), which its tables say."""
 
 M_TILES_OF_ROWS = (4, 2, 1)
 """The same, on all platforms, where one workgroup has all latent tiles of a head: fewer waves have more registers each."""
@@ -187,6 +188,24 @@ class Schedule:
         return head_group * self.xcds + xcd, part * self.waves_per_workgroup, split
 
 
+def lay_out(lowered: Lowered, target: Target, layout: Layout) -> Schedule:
+    """The schedule with a layout's choices.  Raises as choose_schedule."""
+    waves, block, m_tiles = layout.waves_per_workgroup, layout.block, layout.m_tiles
+    return choose_schedule(lowered, target, waves_per_workgroup=waves, block=block, m_tiles=m_tiles)
+
+
+def m_tiles_to_try(lowered: Lowered, target: Target) -> tuple[int | None, ...]:
+    """Values of Layout.m_tiles that are worth a measurement, the rule's (None) first; others for weights in codes only."""
+    if lowered.absorb is None or not _is_converted(lowered.absorb):
+        return (None,)
+    return (None, *M_TILES_OF_CODES[target.platform][1:])
+
+
+def _is_converted(absorb: Segment) -> bool:
+    """Whether codes become the model's dtype in registers."""
+    return absorb.scale_block is not None and absorb.absorb is not None and absorb.absorb.activation is None
+
+
 @functools.cache
 def choose_schedule(
     lowered: Lowered, target: Target, *, waves_per_workgroup: int = 1, m_tiles: int | None = None, block: int | None = None
@@ -234,8 +253,7 @@ def choose_schedule(
 def _choose_tiles(segment: Segment, target: Target, atom: MmaAtom, m_tiles: int | None) -> AbsorbTiles:
     if m_tiles is not None:
         return AbsorbTiles(atom, segment.source_width, segment.width, m_tiles)
-    converted = segment.scale_block is not None and segment.absorb is not None and segment.absorb.activation is None
-    for candidate in (M_TILES_OF_CODES if converted else M_TILES)[target.platform]:
+    for candidate in (M_TILES_OF_CODES if _is_converted(segment) else M_TILES)[target.platform]:
         if segment.width % (candidate * atom.m):
             continue
         tiles = AbsorbTiles(atom, segment.source_width, segment.width, candidate)

@@ -11,7 +11,7 @@ import math
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from mlagen.errors import RequestError, ScheduleError
 from mlagen.layout import Layout
 from mlagen.lowering import lower
-from mlagen.schedule import choose_schedule
+from mlagen.schedule import lay_out
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
 
@@ -46,6 +46,7 @@ class Range:
 class Entry:
     """The ranges of one shape, by rising numbers of tokens; the last one has no end.  `weight_bits` are an element's of W_UK.
 
+    Their layouts have one m_tiles: all kernels of a shape read the same packed weights.
     `found` is what a measurement gave, for readers: for each number of tokens the microseconds per layer of what is used there, and
     those of the streaming floor in the same run.
     """
@@ -62,6 +63,12 @@ class Entry:
         ends = [math.inf if each.tokens is None else each.tokens for each in self.ranges]
         if not ends or ends[-1] != math.inf or ends != sorted(set(ends)):
             raise RequestError(f"ranges that end at {ends}: they must rise, and the last must have no end (null)")
+        if len({each.layout.m_tiles for each in self.ranges}) > 1:
+            raise RequestError("ranges with several m_tiles: all kernels of a shape read weights that are packed for one")
+
+    @property
+    def m_tiles(self) -> int | None:
+        return self.ranges[0].layout.m_tiles
 
     def distance(self, spec: PrologueSpec, weight_bits: int) -> tuple[float, ...]:
         """How far a spec with weights of so many bits is from this one, the most important first."""
@@ -77,26 +84,43 @@ def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False
     """
     if dependent and not target.dependent_launch:
         raise ScheduleError(f"{target.arch} starts no kernel before the one before it has ended: leave pdl out")
-    fallback = (Range(None, Layout(dependent=dependent)),)
-    if not spec.absorbs or spec.q_scaling == "token":
-        return fallback
-    entries = [entry for entry in _entries(target.arch, os.environ.get("MLAGEN_TABLES", "")) if entry.dependent == dependent]
-    if not entries:
-        return fallback
-    weight_bits = spec.weight_bits(target)
-    nearest = min(entries, key=lambda entry: entry.distance(spec, weight_bits))
-    lowered = lower(spec.program(target))
+    default = replace(base_layout(spec, target), dependent=dependent)
+    nearest = _nearest(spec, target, dependent=dependent)
+    if nearest is None:
+        return (Range(None, default),)
     fitting: list[Range] = []
     for each in nearest.ranges:
-        layout, tiles = each.layout, each.token_tiles
-        try:
-            choose_schedule(lowered, target, waves_per_workgroup=layout.waves_per_workgroup, block=layout.block)
-        except ScheduleError:
-            layout, tiles = Layout(dependent=dependent), None
+        layout, tiles = replace(each.layout, m_tiles=default.m_tiles), each.token_tiles
+        if not _fits(spec, target, layout):
+            layout, tiles = default, None
         if fitting and (fitting[-1].layout, fitting[-1].token_tiles) == (layout, tiles):
             fitting.pop()
         fitting.append(Range(each.tokens, layout, tiles))
     return tuple(fitting)
+
+
+def base_layout(spec: PrologueSpec, target: Target) -> Layout:
+    """The default layout with what all layouts of `spec` have in common: how its weights are packed."""
+    nearest = _nearest(spec, target, dependent=False)
+    layout = Layout(m_tiles=nearest.m_tiles if nearest else None)
+    return layout if _fits(spec, target, layout) else Layout()
+
+
+def _nearest(spec: PrologueSpec, target: Target, *, dependent: bool) -> Entry | None:
+    """The entry of the shape that is nearest to a spec's; None where no table concerns it."""
+    if not spec.absorbs or spec.q_scaling == "token":
+        return None
+    entries = [entry for entry in _entries(target.arch, os.environ.get("MLAGEN_TABLES", "")) if entry.dependent == dependent]
+    weight_bits = spec.weight_bits(target)
+    return min(entries, key=lambda entry: entry.distance(spec, weight_bits), default=None)
+
+
+def _fits(spec: PrologueSpec, target: Target, layout: Layout) -> bool:
+    try:
+        lay_out(lower(spec.program(target)), target, layout)
+    except ScheduleError:
+        return False
+    return True
 
 
 @functools.cache
@@ -145,10 +169,11 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
     dependent = fields["dependent"]
     if not isinstance(dependent, bool):
         raise RequestError(f"dependent={dependent!r}: must be true or false")
+    m_tiles = _count(fields, "m_tiles") if "m_tiles" in fields else None
     ranges = tuple(
         Range(
             _count_or_null(each, "tokens"),
-            Layout(_count(each, "waves"), _count_or_null(each, "block"), dependent),
+            Layout(_count(each, "waves"), _count_or_null(each, "block"), dependent, m_tiles),
             _count_or_null(each, "token_tiles"),
         )
         for each in fields["ranges"]
@@ -184,6 +209,7 @@ def write_table(arch: str, source: str, entries: Sequence[Entry]) -> str:
         ]
         row: dict[str, Any] = {name: getattr(entry, name) for name in ("nope_dim", "lora_rank", "heads", "dependent")}
         row |= {"weight_bits": entry.weight_bits} if entry.weight_bits != WIDE_WEIGHT else {}
+        row |= {"m_tiles": entry.m_tiles} if entry.m_tiles is not None else {}
         row |= {"ranges": ranges} | ({"found": entry.found} if entry.found else {})
         rows.append("    " + json.dumps(row))
     head = {"format": FORMAT, "arch": arch, "source": source}

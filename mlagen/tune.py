@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mlagen.bench.run import Methods, measure_methods
+from mlagen.bench.run import measure_methods
 from mlagen.errors import ScheduleError, VerificationError
 from mlagen.layout import Layout
 from mlagen.lowering import lower
 from mlagen.runtime import Kernel, variants_of
-from mlagen.schedule import choose_schedule
+from mlagen.schedule import lay_out, m_tiles_to_try
 from mlagen.spec import PrologueSpec
 from mlagen.tables import Entry, Range
 from mlagen.target import Target
@@ -48,13 +48,16 @@ class Timing:
     stream: float
 
 
-def candidates(spec: PrologueSpec, target: Target, tokens: int, *, dependent: bool) -> list[Range]:
-    """Every way to do `tokens` tokens that fits the shape and the target."""
+def candidates(
+    spec: PrologueSpec, target: Target, tokens: int, *, dependent: bool, m_tiles: Sequence[int | None] | None = None
+) -> list[Range]:
+    """Every way to do `tokens` tokens that fits the shape and the target; with `m_tiles` only those that have one of these."""
     lowered = lower(spec.program(target))
     found: list[Range] = []
-    for waves, block in itertools.product(WAVES, BLOCKS):
+    for width, waves, block in itertools.product(m_tiles or m_tiles_to_try(lowered, target), WAVES, BLOCKS):
+        layout = Layout(waves, block, dependent, width)
         try:
-            schedule = choose_schedule(lowered, target, waves_per_workgroup=waves, block=block)
+            schedule = lay_out(lowered, target, layout)
         except ScheduleError:
             continue
         assert schedule.absorb is not None, "what does no absorb has nothing to tune"
@@ -63,7 +66,7 @@ def candidates(spec: PrologueSpec, target: Target, tokens: int, *, dependent: bo
         tiles = -(-tokens // schedule.absorb.token_tile)
         for splits in SPLITS:
             launch = schedule.launch(lowered.segments, tokens, spec.heads, token_tiles=-(-tiles // splits), kv_heads=spec.kv_heads)
-            one = Range(tokens, Layout(waves, block, dependent), launch.token_tiles_per_workgroup)
+            one = Range(tokens, layout, launch.token_tiles_per_workgroup)
             if one not in found:
                 found.append(one)
     return found
@@ -76,11 +79,12 @@ def time_candidates(
     token_counts: Iterable[int] = TOKENS,
     *,
     dependent: bool,
+    m_tiles: Sequence[int | None] | None = None,
     layers: int,
     repeats: int,
     record: Recorder = Graph,
 ) -> Iterator[Timing]:
-    """The times of all candidates, number of tokens by number of tokens.
+    """The times of all candidates, number of tokens by number of tokens; with `m_tiles` only of those that have one of these.
 
     Raises VerificationError for a candidate whose result the oracle does not explain, and as load does.
     """
@@ -88,10 +92,14 @@ def time_candidates(
     layers = cold_layers(spec, target, layers, spec.weight_bits(target) / 8)
     for tokens in token_counts:
         workload = make_workload(spec, target, tokens, layers, device=device)
-        ranges = {name_of(each): each for each in candidates(spec, target, tokens, dependent=dependent)}
-        kernels = {name: _kernel(spec, target, device, each) for name, each in ranges.items()}
-        packed = pack(next(iter(kernels.values())), workload)
-        methods: Methods = {name: _method(kernel, packed) for name, kernel in kernels.items()}
+        ranges = {name_of(each): each for each in candidates(spec, target, tokens, dependent=dependent, m_tiles=m_tiles)}
+        packed: dict[int | None, list[torch.Tensor]] = {}
+        methods: dict[str, Callable[[Workload], Sequence[Candidate]]] = {}
+        for name, each in ranges.items():
+            kernel, order = _kernel(spec, target, device, each), each.layout.m_tiles
+            if order not in packed:
+                packed[order] = pack(kernel, workload)
+            methods[name] = _method(kernel, packed[order])
         row = measure_methods(Oracle.of(workload, layers - 1), {**methods, STREAM: floor.stream}, repeats, record)
         for name, reason in row.failures.items():
             raise VerificationError(f"{name} with {tokens} tokens: {reason}")
@@ -111,10 +119,17 @@ def _method(kernel: Kernel, packed: Sequence[torch.Tensor]) -> Callable[[Workloa
 
 
 def choose(timings: Sequence[Timing]) -> tuple[Range, ...]:
-    """The ranges of the MOST_LAYOUTS layouts with which all numbers of tokens together take the least, each counted as a ratio."""
-    layouts = list(dict.fromkeys(each.layout for timing in timings for each in timing.us))
+    """The ranges of the MOST_LAYOUTS layouts with which all numbers of tokens together take the least, each counted as a ratio.
+
+    Only layouts that read the same packed weights go together.
+    """
+    by_packing: dict[int | None, list[Layout]] = {}
+    for layout in dict.fromkeys(each.layout for timing in timings for each in timing.us):
+        by_packing.setdefault(layout.m_tiles, []).append(layout)
     best: tuple[float, list[Range]] = (math.inf, [])
-    for some in itertools.combinations(layouts, min(MOST_LAYOUTS, len(layouts))):
+    for some in itertools.chain.from_iterable(
+        itertools.combinations(layouts, min(MOST_LAYOUTS, len(layouts))) for layouts in by_packing.values()
+    ):
         chosen = []
         for timing in timings:
             of_these = {each: us for each, us in timing.us.items() if each.layout in some}

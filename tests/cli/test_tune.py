@@ -46,9 +46,9 @@ def test_a_wrong_request_is_one_line(arguments, said):
 def gpu(monkeypatch):
     """Half a GPU: times come from a list."""
 
-    def times(spec, target, device, counts, *, dependent, layers, repeats):
+    def times(spec, target, device, counts, *, dependent, m_tiles, layers, repeats):
         for tokens in counts:
-            ranges = candidates(spec, target, tokens, dependent=dependent)
+            ranges = candidates(spec, target, tokens, dependent=dependent, m_tiles=m_tiles)
             yield Timing(tokens, {each: 5.0 - each.layout.waves_per_workgroup / 4 for each in ranges}, 2.0)
 
     monkeypatch.setattr(cli_tune, "gpu_arch", lambda device: "sm_90")

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import pytest
+import torch
 from helpers import Workload, check, small_spec
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mlagen import runtime
+from mlagen import ops, runtime
 from mlagen.drivers.host import HostModule
 from mlagen.errors import RequestError, ScheduleError
 from mlagen.layout import Layout
@@ -100,6 +102,29 @@ def test_the_host_run_compiles_what_is_asked_for(monkeypatch):
 def test_a_number_of_heads_that_no_entry_has_takes_the_nearest(launches):
     kernel = load(small_spec(lora_rank=128, nope_dim=32, heads=7), "cpu", arch="sm_90")
     assert_served(kernel, launches, [(8, 0), (9, 1), (41, 3)])
+
+
+# Weights in codes
+
+
+@pytest.mark.parametrize("weight", ["fp8", "fp8-block", "mxfp4"])
+def test_all_kernels_read_the_same_packed_weights(table, weight):
+    """Two tiles of columns for each wave, as an entry says; with and without data an operator's packed head is as large."""
+    block = None if weight == "fp8-block" else 16
+    ranges = (Range(8, Layout(m_tiles=2)), Range(None, Layout(4, block, False, 2)))
+    table.write_text(write_table("sm_90", "a test", [Entry(32, 128, 3, False, ranges, weight_bits=4 if weight == "mxfp4" else 8)]))
+    spec = small_spec(lora_rank=128, nope_dim=32, weight=weight)
+    kernel, dependent = (load(spec, "cpu", arch="sm_90", pdl=pdl) for pdl in (False, True))
+    assert [each.range for each in kernel.variants] == list(ranges)
+    for tokens in (3, 20):
+        check(kernel, Workload(tokens))
+        check(dependent, Workload(tokens))
+    w_uk = torch.randn(3, 32, 128).bfloat16()
+    packed = kernel.pack_weights(w_uk)
+    assert torch.equal(packed, dependent.pack_weights(w_uk))
+    with FakeTensorMode() as mode:
+        fake = torch.ops.mlagen.pack_weights(mode.from_tensor(w_uk), spec=ops.spec_to_str(spec), arch="sm_90")
+    assert fake.shape == packed.shape
 
 
 # Dependent launch

@@ -12,10 +12,10 @@ from mlagen import tables
 from mlagen.errors import RequestError, ScheduleError
 from mlagen.layout import Layout
 from mlagen.lowering import lower
-from mlagen.schedule import choose_schedule
+from mlagen.schedule import lay_out
 from mlagen.shipped import shipped_matrix
 from mlagen.spec import PrologueSpec
-from mlagen.tables import FORMAT, WIDE_WEIGHT, Entry, Range, choose_ranges, read_table, write_table
+from mlagen.tables import FORMAT, WIDE_WEIGHT, Entry, Range, base_layout, choose_ranges, read_table, write_table
 from mlagen.target import find_target
 
 # Far from everything that is shipped, so that no shipped table is nearer than the tests' own.
@@ -278,6 +278,70 @@ def test_a_layout_that_does_not_fit_gives_way_to_the_default(use):
     assert choose_ranges(spec_of(lora_rank=48), find_target("gfx942")) == (Range(16, one), Range(32, one, 4), Range(None, one))
 
 
+# Weights are packed once for all kernels of a spec.
+
+
+def packings(spec: PrologueSpec, arch: str = "sm_90") -> set[int | None]:
+    """m_tiles of all layouts, those of dependent launches and the one that operators look at included."""
+    target = find_target(arch)
+    layouts = [each.layout for dependent in (False, True) for each in choose_ranges(spec, target, dependent=dependent)]
+    return {each.m_tiles for each in (*layouts, base_layout(spec, target))}
+
+
+def wide_tiles(*ranges: Range, m_tiles: int = 2) -> Entry:
+    given = [replace(each, layout=replace(each.layout, m_tiles=m_tiles)) for each in ranges]
+    return Entry(64, 2048, 8, given[0].layout.dependent, tuple(given), weight_bits=8)
+
+
+def coded(lora_rank: int = 2048) -> PrologueSpec:
+    return spec_of(nope_dim=64, lora_rank=lora_rank, weight="fp8")
+
+
+def test_an_entry_says_how_wide_tiles_are(use):
+    use(write_table("sm_90", "a test", [wide_tiles(Range(8, Layout()), Range(None, Layout(4, 16)))]))
+    assert packings(coded()) == {2}
+    plain = choose_ranges(coded(), find_target("sm_90"))
+    assert [each.layout.suffix for each in plain] == ["_m2", "_w4_b16_m2"]
+
+
+def test_a_layout_that_gives_way_keeps_the_width(use):
+    """L=1568 has 49 latent tiles of 32, which no four waves share."""
+    use(write_table("sm_90", "a test", [wide_tiles(Range(8, Layout(4, 16), 2), Range(None, Layout()))]))
+    assert packings(coded(1568)) == {2}
+    assert choose_ranges(coded(1568), find_target("sm_90")) == (Range(None, Layout(m_tiles=2)),)
+
+
+def test_a_width_that_does_not_fit_gives_way_everywhere(use):
+    """L=1584 is no multiple of 32; one tile of 16 columns for each wave is what is left, in all layouts."""
+    use(write_table("sm_90", "a test", [wide_tiles(Range(8, Layout()), Range(None, Layout(3)))]))
+    assert packings(coded(1584)) == {None}
+    assert choose_ranges(coded(1584), find_target("sm_90"))[1].layout == Layout(3)
+
+
+def test_plain_launches_choose_the_width_for_both(use):
+    dependent = wide_tiles(Range(None, Layout(dependent=True)))
+    narrow = Entry(64, 2048, 8, False, (Range(None, Layout()),), weight_bits=8)
+    use(write_table("sm_90", "a test", [dependent, narrow]))
+    assert packings(coded()) == {None}
+
+
+def test_widths_in_a_table():
+    wide, narrow = wide_tiles(Range(None, Layout())), entry(8, 1)
+    text = write_table("sm_90", "a test", [wide, narrow])
+    assert text.count("m_tiles") == 1
+    assert read_table(text, "a table") == ("sm_90", (wide, narrow))
+    with pytest.raises(RequestError, match="m_tiles=0: must be a whole number"):
+        read_table(text.replace('"m_tiles": 2', '"m_tiles": 0'), "a table")
+    with pytest.raises(RequestError, match="ranges with several m_tiles"):
+        Entry(128, 512, 8, False, (Range(8, Layout(m_tiles=2)), Range(None, Layout())))
+
+
+@pytest.mark.parametrize("heads", [1, 16, 96, 128])
+@pytest.mark.parametrize("weight", ["bf16", "fp8", "fp8-block", "mxfp4"])
+def test_what_is_shipped_packs_a_spec_in_one_way(heads, weight):
+    assert len(packings(PrologueSpec(heads, 128, 512, 64, "gptj", weight=weight))) == 1
+
+
 def test_a_prologue_without_a_product_has_one_layout(use):
     use([entry(8, 3, waves=4)])
     assert choose_ranges(spec_of(weight="none"), find_target("gfx942")) == (Range(None, Layout()),)
@@ -318,7 +382,7 @@ def test_every_shipped_model_has_ranges_that_fit_and_cover_all_tokens(spec, targ
     assert len(layouts) <= 2
     lowered = lower(spec.program(target))
     for layout in layouts:
-        choose_schedule(lowered, target, waves_per_workgroup=layout.waves_per_workgroup, block=layout.block)
+        lay_out(lowered, target, layout)
     if spec.absorbs:
         assert all(each.token_tiles for each in ranges), "no table has this shape"
 

@@ -9,7 +9,7 @@ import pytest
 from mlagen.errors import ScheduleError
 from mlagen.layout import Layout
 from mlagen.lowering import lower
-from mlagen.schedule import choose_schedule
+from mlagen.schedule import choose_schedule, lay_out
 from mlagen.spec import PrologueSpec
 from mlagen.tables import Entry, Range
 from mlagen.target import TARGETS, find_target
@@ -28,7 +28,7 @@ def test_every_candidate_fits_and_none_comes_twice(arch, tokens):
     lowered = lower(SPEC.program(target))
     for each in found:
         layout = each.layout
-        schedule = choose_schedule(lowered, target, waves_per_workgroup=layout.waves_per_workgroup, block=layout.block)
+        schedule = lay_out(lowered, target, layout)
         launch = schedule.launch(lowered.segments, tokens, SPEC.heads, token_tiles=each.token_tiles)
         assert launch.token_tiles_per_workgroup == each.token_tiles
     assert any(each.layout.block for each in found) == (arch == "sm_90" and tokens >= 8)
@@ -50,6 +50,17 @@ def test_rows_with_scales_have_one_layout(arch):
     found = candidates(replace(SPEC, q_scaling="token"), TARGETS[arch], 64, dependent=False)
     assert {each.layout for each in found} == {Layout()}
     assert len(found) > 1
+
+
+def test_wider_tiles_are_tried_for_weights_in_codes():
+    def widths(spec: PrologueSpec, **only: object) -> set[int | None]:
+        found = candidates(spec, TARGETS["sm_90"], 64, dependent=False, **only)
+        return {each.layout.m_tiles for each in found}
+
+    codes = replace(SPEC, weight="fp8")
+    assert widths(SPEC) == widths(replace(codes, compute="a8")) == {None}
+    assert widths(codes) == {None, 2}
+    assert widths(codes, m_tiles=[2]) == {2}
 
 
 def timing(tokens: int, **us: float) -> Timing:
@@ -77,6 +88,16 @@ def test_no_more_layouts_than_there_may_be():
     ranges = choose(timings)
     assert len({each.layout for each in ranges}) == MOST_LAYOUTS
     assert [each.layout for each in ranges] == [A, B, C, C]
+
+
+def test_layouts_that_read_other_packed_weights_do_not_go_together():
+    """The best for each number of tokens would be A and then wide B."""
+    wide = replace(B, m_tiles=2)
+    timings = [
+        Timing(1, {Range(1, A, 1): 1.0, Range(1, B, 1): 2.0, Range(1, wide, 1): 1.5}, 1.0),
+        Timing(8, {Range(8, A, 1): 4.0, Range(8, B, 1): 3.0, Range(8, wide, 1): 1.5}, 1.0),
+    ]
+    assert choose(timings) == (Range(None, wide, 1),)
 
 
 def test_ratios_count_not_times():
