@@ -70,6 +70,13 @@ class Entry:
         return tuple(abs(math.log2(one / other)) for one, other in zip(ours, theirs, strict=True))
 
 
+def why_untuned(spec: PrologueSpec) -> str:
+    """Why no table concerns the kernels of `spec`; "" where one may."""
+    if not spec.absorbs:
+        return f"weight={spec.weight!r}: a table chooses how the absorb is done"
+    return "q_scaling='token': a table's layouts do not make whole rows" if spec.q_scaling == "token" else ""
+
+
 def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False) -> tuple[Range, ...]:
     """The ranges for `spec` on `target`: those of the nearest shape of a table, each with a layout that fits the shape.
 
@@ -78,7 +85,7 @@ def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False
     if dependent and not target.dependent_launch:
         raise ScheduleError(f"{target.arch} starts no kernel before the one before it has ended: leave pdl out")
     fallback = (Range(None, Layout(dependent=dependent)),)
-    if not spec.absorbs or spec.q_scaling == "token":
+    if why_untuned(spec):
         return fallback
     entries = [entry for entry in _entries(target.arch, os.environ.get("MLAGEN_TABLES", "")) if entry.dependent == dependent]
     if not entries:
