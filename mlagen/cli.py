@@ -18,26 +18,16 @@ from rich.table import Column, Table
 
 from mlagen import __version__, cli_bench, cli_tools, cli_tune
 from mlagen.cli_options import (
+    SPEC_FLAGS,
     Archs,
     AsJson,
-    Compute,
-    Fp8Max,
-    KvDtype,
-    KvHeads,
-    KvLayout,
     Model,
-    NoWriteKv,
-    NoWriteQ,
-    QDtype,
-    QScaling,
-    QSplit,
-    RopeFirst,
-    Rounding,
+    SpecOptions,
     Tp,
-    Weight,
     gpu_arch,
     parse_tokens,
     plain_console,
+    with_spec_options,
 )
 from mlagen.errors import BuildError, MlagenError, RequestError, VerificationError
 from mlagen.integrations.vllm.deployment import deployment_options
@@ -97,24 +87,14 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command()
+@with_spec_options
 def build(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A preset, a config.json, or a folder that holds one.")] = None,
     tp: Tp = 1,
     arch: Archs = None,
-    weight: Weight = None,
-    q_dtype: QDtype = "fp8",
-    kv_dtype: KvDtype = "fp8",
-    rounding: Rounding = "fused",
-    fp8_max: Fp8Max = None,
-    rope_first: RopeFirst = False,
-    compute: Compute = "a16",
-    q_scaling: QScaling = "static",
-    q_split: QSplit = False,
-    no_write_q: NoWriteQ = False,
-    no_write_kv: NoWriteKv = False,
-    kv_heads: KvHeads = 1,
-    kv_layout: KvLayout = "paged",
+    *,
+    options: SpecOptions,
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
     toolchain: Annotated[str, typer.Option(help="auto; for AMD zig or rocm; for NVIDIA nvrtc or nvcc.")] = "auto",
     vllm: Annotated[bool, typer.Option("--vllm", help="Every kernel of MODEL that vLLM may ask for, see docs/vllm.md.")] = False,
@@ -129,22 +109,16 @@ def build(
     if (model is not None) + build_all + generated != 1:
         raise RequestError("name one of: a MODEL, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
-    options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
-    options |= {"q_scaling": q_scaling, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
-    names = (*options, "rope_first", "no_write_q", "no_write_kv")
     if model is not None and vllm:
-        for name in names:
+        for name, flag in SPEC_FLAGS.items():
             if name != "weight" and _given(context, name):
-                flag = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{flag} does not go with --vllm, which asks for each that vLLM may; leave one of them out")
-        requests = _vllm_requests(model, tp, arch, weight)
+        requests = _vllm_requests(model, tp, arch, options["weight"])
     elif model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
-        for name in ("tp", "arch", "vllm", *names):
+        for name, flag in {"tp": "--tp", "arch": "--arch", "vllm": "--vllm", **SPEC_FLAGS}.items():
             if _given(context, name):
-                flag = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")
         requests = representative() if generated else shipped_matrix()
     if check:
@@ -182,23 +156,13 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @app.command()
+@with_spec_options
 def verify(
     model: Model,
     tp: Tp = 1,
     arch: Archs = None,
-    weight: Weight = None,
-    q_dtype: QDtype = "fp8",
-    kv_dtype: KvDtype = "fp8",
-    rounding: Rounding = "fused",
-    fp8_max: Fp8Max = None,
-    rope_first: RopeFirst = False,
-    compute: Compute = "a16",
-    q_scaling: QScaling = "static",
-    q_split: QSplit = False,
-    no_write_q: NoWriteQ = False,
-    no_write_kv: NoWriteKv = False,
-    kv_heads: KvHeads = 1,
-    kv_layout: KvLayout = "paged",
+    *,
+    options: SpecOptions,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,16,64",
     device: Annotated[str, typer.Option(help="host: on the CPU, lane by lane; cuda, hip: on the GPU that torch sees.")] = "host",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random inputs.")] = 0,
@@ -213,9 +177,6 @@ def verify(
         from mlagen.runtime import load
     except ModuleNotFoundError as error:
         raise MlagenError(f"verify needs {error.name}, which is not installed: pip install 'mlagen[torch]'") from None
-    options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
-    options |= {"q_scaling": q_scaling, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     requests = _requests(model, tp, arch if device == "host" else [gpu_arch(device, arch)], **options)
     without = [each.target.arch for each in requests if not each.target.dependent_launch]
     if pdl and without:

@@ -4,33 +4,14 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from mlagen import __version__
 from mlagen.cli_files import file_name, refuse_unwritable, write_whole
-from mlagen.cli_options import (
-    AsJson,
-    Compute,
-    Fp8Max,
-    KvDtype,
-    KvHeads,
-    KvLayout,
-    Model,
-    NoWriteKv,
-    NoWriteQ,
-    QDtype,
-    QScaling,
-    QSplit,
-    Rounding,
-    Tp,
-    Weight,
-    gpu_arch,
-    parse_tokens,
-    plain_console,
-)
+from mlagen.cli_options import AsJson, Model, SpecOptions, Tp, gpu_arch, parse_tokens, plain_console, with_spec_options
 from mlagen.errors import MlagenError, RequestError, VerificationError
 from mlagen.shipped import Request, request
 from mlagen.target import find_target
@@ -44,21 +25,12 @@ DEVICE_HELP = "cuda or hip, as torch is built. Default: the GPU that torch sees.
 PEERS_HELP = "all, none, or some of eager, compile, bmm, bmm+compile, bmm+flashinfer, bmm+aiter, aiter-triton, separated by commas."
 
 
+@with_spec_options
 def bench(
     model: Model,
     tp: Tp = 1,
-    weight: Weight = None,
-    q_dtype: QDtype = "fp8",
-    kv_dtype: KvDtype = "fp8",
-    rounding: Rounding = "fused",
-    fp8_max: Fp8Max = None,
-    compute: Compute = "a16",
-    q_scaling: QScaling = "static",
-    q_split: QSplit = False,
-    no_write_q: NoWriteQ = False,
-    no_write_kv: NoWriteKv = False,
-    kv_heads: KvHeads = 1,
-    kv_layout: KvLayout = "paged",
+    *,
+    options: SpecOptions,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,64,128,256",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     peers: Annotated[str, typer.Option(help=PEERS_HELP)] = "all",
@@ -88,9 +60,6 @@ def bench(
     chosen = chosen_peers(peers)
     ending = require_plot(plot) if plot else ""
     target = find_target(gpu_arch(device))
-    options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
-    options |= {"compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
-    options |= {"q_scaling": q_scaling, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     wanted = request(model, tp, target, **options)
     with contextlib.redirect_stdout(sys.stderr):  # what a peer says while it works is no result
         report = _measure(wanted, chosen, counts, layers, repeats)

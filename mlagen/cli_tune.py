@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlagen.cli_files import file_name, refuse_unwritable, write_whole
-from mlagen.cli_options import Tp, Weight, gpu_arch, parse_tokens
+from mlagen.cli_options import SpecOptions, Tp, changed, gpu_arch, parse_tokens, with_spec_options
 from mlagen.errors import MlagenError, RequestError
 from mlagen.model import CLOCK, SOURCE, modelled_table
 from mlagen.models import resolve_model
 from mlagen.shipped import request
-from mlagen.tables import Entry, read_table, table_source, write_table
+from mlagen.tables import Entry, read_table, table_source, why_untuned, write_table
 from mlagen.target import Target, find_target
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 MODELLED = tuple(CLOCK)
 
 
+@with_spec_options
 def tune(
     model: Annotated[
         str | None, typer.Argument(help="A preset, a config.json, or a folder that holds one. Not needed with --device model.")
     ] = None,
     tp: Tp = 1,
-    weight: Weight = None,
+    *,
+    options: SpecOptions,
     device: Annotated[str | None, typer.Option(help="cuda or hip: time on this GPU; model: the shipped tables for AMD.")] = None,
     arch: Annotated[str | None, typer.Option(help=f"With --device model: {' or '.join(MODELLED)}.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,16,32,64,128,256",
@@ -42,8 +44,9 @@ def tune(
     if device == "model":
         if model is not None:
             raise RequestError(f"MODEL is {model}: the model of the hardware does all shipped shapes at once; leave it out")
-        if weight is not None:
-            raise RequestError(f"--weight {weight}: the model of the hardware does weights of the model's dtype; leave it out")
+        for spelled in changed(options).values():
+            usual = "weights of the model's dtype, with an fp8 query and cache"
+            raise RequestError(f"{spelled}: the model of the hardware does {usual}; leave it out")
         _write_modelled(arch, out)
         return
     if arch is not None:
@@ -54,8 +57,10 @@ def tune(
         raise RequestError("MODEL: name a preset (see `mlagen models`), a config.json, or a folder that holds one")
     resolve_model(model)  # before the GPU is asked for anything
     target = find_target(gpu_arch(device))
-    wanted = request(model, tp, target, weight=weight)
-    source = _source()
+    wanted = request(model, tp, target, **options)
+    if reason := why_untuned(wanted.spec):
+        raise RequestError(f"{reason}: there is nothing to tune")
+    source = _source(options)
     kept = _kept(out, target, source)
     with contextlib.redirect_stdout(sys.stderr):
         found = _measure(wanted.spec, target, counts, layers, repeats)
@@ -64,12 +69,13 @@ def tune(
     _write(write_table(target.arch, source, merge(kept, found)), out)
 
 
-def _source() -> str:
-    """What a table that is measured here says of itself."""
+def _source(options: SpecOptions) -> str:
+    """What a table that is measured here says of itself; each entry of it says itself what weights it is for."""
     import torch
 
     name = torch.cuda.get_device_name(torch.cuda.current_device())
-    return f"measured by `mlagen tune` on one {name}, fp8 query and cache: us per layer, and of the streaming floor"
+    kernels = " ".join(spelled for field, spelled in changed(options).items() if field != "weight") or "fp8 query and cache"
+    return f"measured by `mlagen tune` on one {name}, {kernels}: us per layer, and of the streaming floor"
 
 
 def _measure(spec: "PrologueSpec", target: Target, counts: list[int], layers: int, repeats: int) -> list[Entry]:

@@ -329,49 +329,21 @@ def _value_name(segment: Segment) -> str:
 
 def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule, lowered: Lowered) -> Mapping[str, Any]:
     """What the segment partials need to know."""
-    sink = segment.sink
+    sink, by_head = segment.sink, segment.heads is not None
     out = sink.quantize.dtype
-    is_query, by_head = sink.role == "q", segment.heads is not None
-    steps = [segment.source]
-    if segment.absorb:
-        steps.append("q_absorb")
-    if segment.rope:
-        steps.append(f"rope ({segment.rope.style})")
-    # Rounding to the output's own type again would change nothing.
-    rounds = bool(segment.absorb or segment.rope) and segment.carried is not DType.FP32 and segment.carried is not out
-    if rounds:
-        steps.append(f"round to {segment.carried}")
-    if sink.groups:
-        steps.append(f"scale groups of {sink.groups.group}")
-    if sink.row_scale:
-        steps.append("row_scale")
-    steps.append(f"quantize to {out}" if out.is_fp8 else f"to {out}")
-    columns = f"{_columns(segment).start}:{_columns(segment).stop}"
-    place = f"{sink.tensor}[{':' if is_query else 'slot'}, {':, ' if by_head else ''}{columns}]"
-    if sink.segmented:
-        place = f"{sink.tensor}[block, block_size * {segment.column} + place * {segment.width}:]"
-    chain = " -> ".join([*steps, place])
     options = ""
     if out.is_fp8:
         options = f", {'inverse_scale' if sink.quantize.scale else '1.0f'}, {float_literal(sink.quantize.limit)}"
-    column = "column" if segment.column == 0 else f"{segment.column} + column"
-    row = f"{sink.tensor}_row(args, token, head)" if is_query else f"cache_entry(args, slot{', head' if by_head else ''})"
-    if sink.segmented:
-        row, column = f"cache_part(args, slot, {segment.column}, {segment.width})", "column"
-    if sink.stored is DType.UINT8:
-        first = _columns(segment).start
-        row = f"reinterpret_cast<{out.value.cpp}*>({row}{f' + {first}' if first else ''})"
-    rows = "uint32_t(args.tokens)" + (f" * args.{segment.heads}" if by_head else "")
     context: dict[str, Any] = {
         "name": segment.name,
         "source": segment.source,
         "template": f"stages/segment_{'absorb' if segment.absorb else 'rows'}.hip.j2",
-        "chain": chain,
+        "chain": _chain(segment),
         "heads": segment.heads,
         "tensor": sink.tensor,
         "is_cache": sink.role == "kv",
         "rope": segment.rope,
-        "round": rounds,
+        "round": _rounds(segment),
         "cpp": out.value.cpp,
         "verbatim": not segment.rope and out is lowered.model_dtype,
         "store": "quantize" if out.is_fp8 else "store",
@@ -381,24 +353,14 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         "row_scale": sink.row_scale,
         "beside": None,
         "row_lanes": schedule.row_lanes(segment, pieces) if pieces else None,
-        "destination": f"{row} + {column}",
+        "destination": _destination(segment),
         "column_offset": f" + {segment.column}" if segment.column else "",
-        "rows": rows,
+        "rows": "uint32_t(args.tokens)" + (f" * args.{segment.heads}" if by_head else ""),
         "head_offset": f" + head * args.{segment.source}_head_stride" if by_head else "",
         "pieces": pieces,
     }
     if pieces:
-        context["pairs"] = pieces.run if pieces.runs == 2 else pieces.run // 2
-        context["vectors"] = ["low", "high"] if pieces.runs == 2 else ["x"]
-        runs = f"lane i of them owns {pieces.run} columns from {pieces.lane_stride} i"
-        if pieces.runs == 2:
-            runs += f" and their partners {pieces.run_distance} columns on"
-        context["ownership"] = runs
-        if sink.groups:
-            context["group_lanes"] = sink.groups.group // pieces.run
-            context["scale_place"] = f"{_scale_bytes(segment).start} + column / {sink.groups.group} * {DType.FP32.bytes}"
-        context["piece_variables"] = ", ".join(f"{vector}[{pieces.run}]" for vector in context["vectors"])
-        context["piece_parameters"] = "".join(f", float (&{vector})[{pieces.run}]" for vector in context["vectors"])
+        context |= _pieces_context(segment, pieces)
     if sink.row_scale:
         beside = segment.beside and _segment_context(segment.beside, cut(segment.beside), schedule, lowered)
         context["beside"] = beside
@@ -409,3 +371,64 @@ def _segment_context(segment: Segment, pieces: Pieces | None, schedule: Schedule
         if pieces:
             context["template"] = "stages/segment_scaled.hip.j2"
     return MappingProxyType(context)
+
+
+def _rounds(segment: Segment) -> bool:
+    """Whether values are rounded before they are stored; to the output's own type, that would change nothing."""
+    computed = bool(segment.absorb or segment.rope)
+    return computed and segment.carried is not DType.FP32 and segment.carried is not segment.sink.quantize.dtype
+
+
+def _chain(segment: Segment) -> str:
+    """What happens to a segment's values, in words: from where through what to which elements of a tensor."""
+    sink, out = segment.sink, segment.sink.quantize.dtype
+    steps = [segment.source]
+    if segment.absorb:
+        steps.append("q_absorb")
+    if segment.rope:
+        steps.append(f"rope ({segment.rope.style})")
+    if _rounds(segment):
+        steps.append(f"round to {segment.carried}")
+    if sink.groups:
+        steps.append(f"scale groups of {sink.groups.group}")
+    if sink.row_scale:
+        steps.append("row_scale")
+    steps.append(f"quantize to {out}" if out.is_fp8 else f"to {out}")
+    if sink.segmented:
+        place = f"block, block_size * {segment.column} + place * {segment.width}:"
+    else:
+        columns = _columns(segment)
+        place = f"{':' if sink.role == 'q' else 'slot'}, {':, ' if segment.heads else ''}{columns.start}:{columns.stop}"
+    return " -> ".join([*steps, f"{sink.tensor}[{place}]"])
+
+
+def _destination(segment: Segment) -> str:
+    """The address of an element, an expression of `column`."""
+    sink = segment.sink
+    if sink.segmented:
+        return f"cache_part(args, slot, {segment.column}, {segment.width}) + column"
+    row = f"cache_entry(args, slot{', head' if segment.heads else ''})"
+    if sink.role == "q":
+        row = f"{sink.tensor}_row(args, token, head)"
+    if sink.stored is DType.UINT8:
+        first = _columns(segment).start
+        row = f"reinterpret_cast<{sink.quantize.dtype.value.cpp}*>({row}{f' + {first}' if first else ''})"
+    return f"{row} + {f'{segment.column} + ' if segment.column else ''}column"
+
+
+def _pieces_context(segment: Segment, pieces: Pieces) -> dict[str, Any]:
+    """How the lanes of a row share its columns."""
+    groups, halves = segment.sink.groups, pieces.runs == 2
+    vectors = ["low", "high"] if halves else ["x"]
+    partners = f" and their partners {pieces.run_distance} columns on" if halves else ""
+    context = {
+        "pairs": pieces.run if halves else pieces.run // 2,
+        "vectors": vectors,
+        "ownership": f"lane i of them owns {pieces.run} columns from {pieces.lane_stride} i{partners}",
+        "piece_variables": ", ".join(f"{vector}[{pieces.run}]" for vector in vectors),
+        "piece_parameters": "".join(f", float (&{vector})[{pieces.run}]" for vector in vectors),
+    }
+    if groups:
+        context["group_lanes"] = groups.group // pieces.run
+        context["scale_place"] = f"{_scale_bytes(segment).start} + column / {groups.group} * {DType.FP32.bytes}"
+    return context

@@ -19,6 +19,7 @@ from mlagen.target import Target
 from mlagen.tiles import FRAGMENT_BYTES, AbsorbTiles
 
 WORD_BYTES = 4
+LOAD_WORDS = FRAGMENT_BYTES // WORD_BYTES
 
 NIBBLE_ORDER = {
     # All low nibbles of a word at once, then all high ones: four bytes each.
@@ -30,9 +31,6 @@ NIBBLE_ORDER = {
 
 HEAD_ALIGNMENT = 256
 """A packed head starts at a multiple of what the memory is read in at once."""
-
-SCALE_LOADS = (1, 2, 4, 8, 16)
-"""Words that a lane loads as its scales: what one access or whole 16-byte ones hold."""
 
 LARGEST_EXPONENT = 253
 """The byte of a head's largest e8m0 scale in a packed head, where a byte means 2^(byte - 253); the rest is the head's factor."""
@@ -129,9 +127,9 @@ class PackedCodes:
 
     @property
     def scale_words(self) -> int:
-        """Words that hold a lane's e8m0 scales: a byte for each chunk, m tile and row that it holds."""
+        """Words that hold a lane's e8m0 scales, a byte for each chunk, m tile and row; it loads 4, 8 or 16 bytes at once."""
         words = -(-self.tiles.chunks * self.tiles.m_tiles * self.rows_held // WORD_BYTES)
-        return next((fit for fit in SCALE_LOADS if fit >= words), -(-words // 4) * 4)
+        return words if words <= 2 else -(-words // LOAD_WORDS) * LOAD_WORDS
 
     @property
     def exponents_at(self) -> int:

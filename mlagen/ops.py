@@ -27,8 +27,10 @@ the first request and out of a graph capture.
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
+from collections.abc import Callable
 
 import torch
 
@@ -271,59 +273,31 @@ def _arch_of(device: torch.device) -> str:
     return device_arch(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _fake_decode_prologue(
-    q: torch.Tensor, q_pe: MaybeTensor, kv_c: torch.Tensor, k_pe: MaybeTensor, packed: MaybeTensor, kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor, positions: MaybeTensor = None, cos_sin_cache: MaybeTensor = None, sin: MaybeTensor = None,
-    q_scale: MaybeTensor = None, k_scale: MaybeTensor = None, *, spec: str, arch: str = "", q_heads: int | None = None,
-) -> torch.Tensor:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad(q, q_pe, kv_c, k_pe, packed, kv_cache, cos_sin_cache, sin, q_scale, k_scale)
-    checker, packed_head = _expected("decode_prologue", spec, arch, kv_cache.device)
-    tokens = _check_query(checker, packed_head, q, q_pe, packed, q_scale)
-    _check_entries(checker, tokens, kv_c, k_pe, kv_cache, slot_mapping, k_scale)
-    _check_rotary(checker, tokens, positions, cos_sin_cache, sin)
-    (q_out,) = _results(checker, q, q_heads)
-    return q_out
+def _fake(operator: str, run: Callable[..., object]) -> Callable[..., object]:
+    """What stands for `run` where tensors have no data, with its signature; what the operator does not take is None here."""
+    signature = inspect.signature(run)
 
+    def fake(*arguments: object, **options: object) -> object:
+        call = signature.bind(*arguments, **options)
+        call.apply_defaults()
+        given: dict[str, typing.Any] = {**dict.fromkeys((*_FLOATS, "slot_mapping", "positions", "q_heads")), **call.arguments}
+        if torch.is_grad_enabled():
+            _refuse_grad(*map(given.__getitem__, _FLOATS))
+        q, kv_cache = given["q"], given["kv_cache"]
+        where = q if operator in ("decode_prologue_pair", "decode_prologue_q") else kv_cache
+        checker, packed_head = _expected(operator, given["spec"], given["arch"], where.device)
+        tokens = None
+        if checker.spec.write_q:
+            tokens = _check_query(checker, packed_head, q, given["q_pe"], given["packed"], given["q_scale"])
+        if checker.spec.write_kv:
+            entries = given["kv_c"], given["k_pe"], kv_cache, given["slot_mapping"], given["k_scale"]
+            tokens = _check_entries(checker, tokens, *entries)
+        assert tokens is not None, "something is written"
+        _check_rotary(checker, tokens, given["positions"], given["cos_sin_cache"], given["sin"])
+        results = _results(checker, q, given["q_heads"]) if checker.spec.write_q else ()
+        return results[0] if len(results) == 1 else results or None
 
-def _fake_decode_prologue_pair(
-    q: torch.Tensor, q_pe: MaybeTensor, kv_c: MaybeTensor, k_pe: MaybeTensor, packed: MaybeTensor, kv_cache: MaybeTensor,
-    slot_mapping: MaybeTensor, positions: MaybeTensor = None, cos_sin_cache: MaybeTensor = None, sin: MaybeTensor = None,
-    q_scale: MaybeTensor = None, k_scale: MaybeTensor = None, *, spec: str, arch: str = "", q_heads: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad(q, q_pe, kv_c, k_pe, packed, kv_cache, cos_sin_cache, sin, q_scale, k_scale)
-    checker, packed_head = _expected("decode_prologue_pair", spec, arch, q.device)
-    tokens = _check_query(checker, packed_head, q, q_pe, packed, q_scale)
-    if checker.spec.write_kv:
-        _check_entries(checker, tokens, kv_c, k_pe, kv_cache, slot_mapping, k_scale)
-    _check_rotary(checker, tokens, positions, cos_sin_cache, sin)
-    first, second = _results(checker, q, q_heads)
-    return first, second
-
-
-def _fake_decode_prologue_q(
-    q: torch.Tensor, q_pe: MaybeTensor, packed: MaybeTensor, positions: MaybeTensor = None, cos_sin_cache: MaybeTensor = None,
-    sin: MaybeTensor = None, q_scale: MaybeTensor = None, *, spec: str, arch: str = "", q_heads: int | None = None,
-) -> torch.Tensor:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad(q, q_pe, None, None, packed, None, cos_sin_cache, sin, q_scale, None)
-    checker, packed_head = _expected("decode_prologue_q", spec, arch, q.device)
-    tokens = _check_query(checker, packed_head, q, q_pe, packed, q_scale)
-    _check_rotary(checker, tokens, positions, cos_sin_cache, sin)
-    (q_out,) = _results(checker, q, q_heads)
-    return q_out
-
-
-def _fake_decode_prologue_kv(
-    kv_c: torch.Tensor, k_pe: MaybeTensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor, positions: MaybeTensor = None,
-    cos_sin_cache: MaybeTensor = None, sin: MaybeTensor = None, k_scale: MaybeTensor = None, *, spec: str, arch: str = "",
-) -> None:  # fmt: skip
-    if torch.is_grad_enabled():
-        _refuse_grad(None, None, kv_c, k_pe, None, kv_cache, cos_sin_cache, sin, None, k_scale)
-    checker, _ = _expected("decode_prologue_kv", spec, arch, kv_cache.device)
-    tokens = _check_entries(checker, None, kv_c, k_pe, kv_cache, slot_mapping, k_scale)
-    _check_rotary(checker, tokens, positions, cos_sin_cache, sin)
+    return fake
 
 
 Rows = int | torch.SymInt
@@ -440,10 +414,10 @@ def _register() -> object:
     # Inductor must hand over what the fakes saw: the kernel wants unit last strides.  torch 2.6 has no tag for exact strides.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
     for schema, run, fake in (
-        (DECODE_PROLOGUE, _decode_prologue, _fake_decode_prologue),
-        (DECODE_PROLOGUE_Q, _decode_prologue_q, _fake_decode_prologue_q),
-        (DECODE_PROLOGUE_PAIR, _decode_prologue_pair, _fake_decode_prologue_pair),
-        (DECODE_PROLOGUE_KV, _decode_prologue_kv, _fake_decode_prologue_kv),
+        (DECODE_PROLOGUE, _decode_prologue, _fake("decode_prologue", _decode_prologue)),
+        (DECODE_PROLOGUE_Q, _decode_prologue_q, _fake("decode_prologue_q", _decode_prologue_q)),
+        (DECODE_PROLOGUE_PAIR, _decode_prologue_pair, _fake("decode_prologue_pair", _decode_prologue_pair)),
+        (DECODE_PROLOGUE_KV, _decode_prologue_kv, _fake("decode_prologue_kv", _decode_prologue_kv)),
         (PACK_WEIGHTS, _pack_weights, _fake_pack_weights),
     ):
         fragment.define(schema, tags=(torch.Tag.pt2_compliant_tag, strides))

@@ -77,6 +77,13 @@ class Entry:
         return tuple(abs(math.log2(one / other)) for one, other in zip(ours, theirs, strict=True))
 
 
+def why_untuned(spec: PrologueSpec) -> str:
+    """Why no table concerns the kernels of `spec`; "" where one may."""
+    if not spec.absorbs:
+        return f"weight={spec.weight!r}: a table chooses how the absorb is done"
+    return "q_scaling='token': a table's layouts do not make whole rows" if spec.q_scaling == "token" else ""
+
+
 def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False) -> tuple[Range, ...]:
     """The ranges for `spec` on `target`: those of the nearest shape of a table, each with a layout that fits the shape.
 
@@ -108,7 +115,7 @@ def base_layout(spec: PrologueSpec, target: Target) -> Layout:
 
 def _nearest(spec: PrologueSpec, target: Target, *, dependent: bool) -> Entry | None:
     """The entry of the shape that is nearest to a spec's; None where no table concerns it."""
-    if not spec.absorbs or spec.q_scaling == "token":
+    if why_untuned(spec):
         return None
     entries = [entry for entry in _entries(target.arch, os.environ.get("MLAGEN_TABLES", "")) if entry.dependent == dependent]
     weight_bits = spec.weight_bits(target)

@@ -94,6 +94,8 @@ NOT_NVIDIA = "is not a toolchain for NVIDIA GPUs; possible are auto, nvrtc, nvcc
             "tune --device model --arch gfx942 --weight fp8",
             "--weight fp8: the model of the hardware does weights of the model's dtype",
         ),
+        ("tune --device model --arch gfx942 --no-write-kv", "--no-write-kv: the model of the hardware does weights of"),
+        ("tune --device model --arch gfx942 --q-dtype bf16", "--q-dtype bf16: the model of the hardware does weights of"),
         ("build --all --kv-layout segmented", "--kv-layout goes with a MODEL"),
         ("build --all --kv-heads 2", "--kv-heads goes with a MODEL"),
         ("build deepseek-r1 --kv-heads 0", "kv_heads=0: must be an integer, from 1 to 4096"),

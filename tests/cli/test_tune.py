@@ -70,6 +70,30 @@ def test_a_measurement_is_added_to_a_table(gpu, tmp_path):
     assert "H200" in table.read_text()
 
 
+def test_a_table_says_which_kernels_were_timed(gpu, tmp_path):
+    table = tmp_path / "table.json"
+    options = ("--kv-dtype", "bf16", "--rope-first", "--weight", "fp8", "--compute", "a8")
+    assert run("tune", *MODEL, *options, "--out", table).status == 0
+    before = table.read_text()
+    assert "on one H200, --kv-dtype bf16 --rope-first --compute a8: us per layer" in before
+    assert '"weight_bits": 8' in before
+    assert "name another file" in line(run("tune", *MODEL, "--out", table), 2)
+    assert table.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--weight=none", "weight='none': a table chooses how the absorb is done: there is nothing to tune"),
+        ("--no-write-q", "weight='none': a table chooses"),
+        ("--q-scaling=token", "q_scaling='token': a table's layouts do not make whole rows: there is nothing to tune"),
+        ("--compute=a8", "compute='a8' with weight='bf16'"),
+    ],
+)
+def test_kernels_that_have_no_table(gpu, option, said):
+    assert said in line(run("tune", *MODEL, option), 2)
+
+
 def test_another_gpus_table_is_left_alone(gpu, tmp_path):
     table = tmp_path / "table.json"
     run("tune", "--device", "model", "--arch", "gfx942", "--out", table)

@@ -4,38 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from aiter_triton_model import Call, differences, gpu, make_call, model
+from aiter_triton_model import Call, differences, gpu, model
+from fp8_bmm_calls import call_of, named
 
 from mlagen.errors import ArgumentError
 from mlagen.integrations.aiter import fused_fp8_bmm_rope_cat_and_cache_mla
 from mlagen.runtime import device_arch
-from mlagen.target import TARGETS
-from mlagen.torch_types import torch_dtype
 
 pytestmark = pytest.mark.gpu
 
-RESULTS = ("q_out", "decode_q_pe_out", "k_pe_out", "q_nope_zeros_out")
-
-ROW = {
-    **dict.fromkeys(("scale", "zeros", "tile_group"), 1),
-    "tokens": 5,
-    "heads": (16, 1),
-    "nope": 128,
-    "latent": 512,
-    "rotary": 64,
-    "prefill": 0,
-    "group": 128,
-    "dtype": torch.bfloat16,
-    "neox": True,
-    "cache": "fp8",
-    "query": "model",
-    "slots": torch.int64,
-    "table": "half",
-}
+LARGE = {"heads": (16, 1), "nope": 128, "latent": 512, "rotary": 64, "zeros": 1}
 
 
-def call_of(seed: int = 0, **row: Any) -> Call:
-    call = make_call({**ROW, **row}, torch_dtype(TARGETS[device_arch(0)].fp8), seed)
+def call_here(seed: int = 0, **row: Any) -> Call:
+    """A call of a model's sizes on the GPU."""
+    call = call_of(seed, arch=device_arch(0), **{**LARGE, **row})
     return {name: each.cuda() if isinstance(each, torch.Tensor) else each for name, each in call.items()}
 
 
@@ -43,8 +26,8 @@ def wrong(call: Call, returned: tuple[torch.Tensor, ...]) -> dict[str, int]:
     """What AITER's arithmetic does not explain."""
     torch.cuda.synchronize()
     on_cpu = {name: each.cpu() if isinstance(each, torch.Tensor) else each for name, each in call.items()}
-    results = {name: each.cpu() for name, each in zip(RESULTS, returned, strict=True)}
-    return differences(on_cpu, {**results, "kv_cache": on_cpu["kv_cache"]}, model(on_cpu, gpu(device_arch(0))))
+    results = named(on_cpu, tuple(each.cpu() for each in returned))
+    return differences(on_cpu, results, model(on_cpu, gpu(device_arch(0))))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20])
@@ -60,13 +43,13 @@ def wrong(call: Call, returned: tuple[torch.Tensor, ...]) -> dict[str, int]:
     ids=["plain", "fp8 query", "model cache", "192 columns", "two KV heads"],
 )
 def test_aiters_arithmetic_explains_every_element(row, tokens):
-    call = call_of(tokens=tokens, **row)
+    call = call_here(tokens=tokens, **row)
     assert not wrong(call, fused_fp8_bmm_rope_cat_and_cache_mla(**call))
 
 
 def test_a_captured_call_reads_what_its_inputs_hold_at_replay():
     """Weights changed in place too, once a call has packed them again."""
-    captured, fresh = call_of(1), call_of(2)
+    captured, fresh = call_here(1), call_here(2)
     fused_fp8_bmm_rope_cat_and_cache_mla(**captured)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -81,7 +64,7 @@ def test_a_captured_call_reads_what_its_inputs_hold_at_replay():
 
 
 def test_new_weights_in_a_capture_are_refused():
-    call = call_of(3)
+    call = call_here(3)
     fused_fp8_bmm_rope_cat_and_cache_mla(**call)
     other = {**call, "w_k": call["w_k"].clone()}
     with torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from aiter_triton_model import MAX_POSITION, SLOTS, Call, differences, gpu, make_call, model, unexplained
+from aiter_triton_model import MAX_POSITION, SLOTS, Call, differences, gpu, model, unexplained
+from fp8_bmm_calls import RESULTS, call_of, run
 from golden_vectors import FP8_BMM, Vectors, read, same_bits
 from helpers import covering
 from torch._subclasses import FakeTensorMode
@@ -14,8 +15,6 @@ from mlagen.errors import ArgumentError, MissingKernelError
 from mlagen.integrations.aiter import fp8_bmm, fused_fp8_bmm_rope_cat_and_cache_mla
 from mlagen.integrations.aiter.remembered import Remembered
 from mlagen.plan import Plan
-from mlagen.target import TARGETS
-from mlagen.torch_types import torch_dtype
 
 pytestmark = pytest.mark.host
 
@@ -26,44 +25,12 @@ AITER_SIGNATURE = (
     *(("q_out_dtype", torch.bfloat16), ("num_decode_toks_for_zeros", 0)),
 )
 
-RESULTS = ("q_out", "decode_q_pe_out", "k_pe_out", "q_nope_zeros_out")
-
-ROW = {
-    "tokens": 5,
-    "heads": (3, 1),
-    "nope": 64,
-    "latent": 64,
-    "rotary": 16,
-    "prefill": 0,
-    "group": 128,
-    "dtype": torch.bfloat16,
-    "neox": True,
-    "cache": "fp8",
-    "query": "model",
-    "slots": torch.int64,
-    "table": "half",
-    "scale": True,
-    "zeros": 0,
-    "tile_group": 1,
-}
-
 
 def test_the_signature_is_aiters():
     parameters = inspect.signature(fused_fp8_bmm_rope_cat_and_cache_mla).parameters.values()
     found = tuple(each.name if each.default is each.empty else (each.name, each.default) for each in parameters)
     assert found == AITER_SIGNATURE
     assert {each.kind for each in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-
-
-def call_of(seed: int = 0, *, arch: str = "gfx950", **row: Any) -> Call:
-    """A call of small sizes, its second slot -1."""
-    return make_call({**ROW, **row}, torch_dtype(TARGETS[arch].fp8), seed)
-
-
-def run(call: Call) -> dict[str, torch.Tensor]:
-    """The four results by name, and kv_cache."""
-    returned = fused_fp8_bmm_rope_cat_and_cache_mla(**call)
-    return {**dict(zip(RESULTS, returned, strict=True)), "kv_cache": call["kv_cache"]}
 
 
 def same(one: Call, other: Call) -> bool:
