@@ -40,7 +40,7 @@ from mlagen.cli_options import (
     plain_console,
 )
 from mlagen.errors import BuildError, MlagenError, RequestError, VerificationError
-from mlagen.integrations.vllm.deployment import deployment_options
+from mlagen.integrations.vllm.deployment import deployment_requests
 from mlagen.models import PRESETS
 from mlagen.shipped import ARCHS, Request, representative, request, shipped_matrix
 from mlagen.target import Target, find_target
@@ -60,6 +60,8 @@ app = typer.Typer(
 
 OUT_HELP = "Folder for NAME.hip, NAME.co or, for NVIDIA, NAME.cubin, and manifest.json. Default: build/"
 
+VLLM_HELP = "The kernels that `vllm serve ARGS` may ask for; in quotes, without MODEL, see docs/vllm.md."
+
 
 def _folder(text: str) -> Path:
     if not text:  # an unset variable of a script, not the current folder
@@ -73,12 +75,6 @@ def _requests(model: str, tp: int, archs: list[str] | None, **options: Any) -> l
 
 def _targets(archs: list[str] | None) -> list[Target]:
     return [find_target(arch) for arch in dict.fromkeys(archs or ARCHS)]
-
-
-def _vllm_requests(model: str, tp: int, archs: list[str] | None, weight: str | None) -> list[Request]:
-    """What the plugin for vLLM may load of a model."""
-    wanted = [(target, options) for target in _targets(archs) for options in deployment_options(model, tp, target)]
-    return [request(model, tp, target, weight=weight, **options) for target, options in wanted]
 
 
 @app.command()
@@ -117,7 +113,7 @@ def build(
     kv_layout: KvLayout = "paged",
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
     toolchain: Annotated[str, typer.Option(help="auto; for AMD zig or rocm; for NVIDIA nvrtc or nvcc.")] = "auto",
-    vllm: Annotated[bool, typer.Option("--vllm", help="Every kernel of MODEL that vLLM may ask for, see docs/vllm.md.")] = False,
+    vllm_args: Annotated[str | None, typer.Option(metavar="ARGS", help=VLLM_HELP)] = None,
     build_all: Annotated[bool, typer.Option("--all", help="Every preset, TP size, arch and dtype that the project ships.")] = False,
     generated: Annotated[bool, typer.Option("--generated", help="The sources that are checked in under generated/.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; say what differs from what is there.")] = False,
@@ -125,24 +121,24 @@ def build(
     """Build kernels: HIP source, code object or cubin, and manifest."""
     from mlagen import build as builder
 
-    generated = generated or (check and model is None and not build_all)
-    if (model is not None) + build_all + generated != 1:
-        raise RequestError("name one of: a MODEL, --all, --generated")
+    generated = generated or (check and model is None and vllm_args is None and not build_all)
+    if (model is not None) + (vllm_args is not None) + build_all + generated != 1:
+        raise RequestError("name one of: a MODEL, --vllm-args, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
     options: dict[str, Any] = {"weight": weight, "q_dtype": q_dtype, "kv_dtype": kv_dtype, "rounding": rounding, "fp8_max": fp8_max}
     options |= {"nope_first": not rope_first, "compute": compute, "kv_heads": kv_heads, "kv_layout": kv_layout}
     options |= {"q_scaling": q_scaling, "q_split": q_split, "write_q": not no_write_q, "write_kv": not no_write_kv}
     names = (*options, "rope_first", "no_write_q", "no_write_kv")
-    if model is not None and vllm:
-        for name in names:
-            if name != "weight" and _given(context, name):
+    if vllm_args is not None:
+        for name in ("tp", *names):
+            if _given(context, name):
                 flag = f"--{name.replace('_', '-')}"
-                raise RequestError(f"{flag} does not go with --vllm, which asks for each that vLLM may; leave one of them out")
-        requests = _vllm_requests(model, tp, arch, weight)
+                raise RequestError(f"{flag} does not go with --vllm-args, which says what vLLM asks for; leave one of them out")
+        requests = deployment_requests(vllm_args, _targets(arch))
     elif model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
-        for name in ("tp", "arch", "vllm", *names):
+        for name in ("tp", "arch", *names):
             if _given(context, name):
                 flag = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")

@@ -41,6 +41,7 @@ class Options:
     wrapper: type = MultiHeadLatentAttentionWrapper
     mode: CompilationMode = CompilationMode.NONE
     config: dict[str, Any] = field(default_factory=dict)  # more of CompilationConfig
+    additional: dict[str, Any] = field(default_factory=dict)  # VllmConfig's additional_config
 
 
 class Linear(nn.Linear):
@@ -131,7 +132,7 @@ class Model:
         defaults = {"mode": options.mode, "custom_ops": ["none"], "cudagraph_mode": "NONE"}
         compilation = CompilationConfig(**{**defaults, **options.config})
         cache = CacheConfig(cache_dtype=options.cache, block_size=BLOCK_SIZE)
-        self.config = VllmConfig(compilation_config=compilation, cache_config=cache)
+        self.config = VllmConfig(compilation_config=compilation, cache_config=cache, additional_config=options.additional)
         torch.manual_seed(0)
         default = torch.get_default_dtype()
         torch.set_default_dtype(options.dtype)

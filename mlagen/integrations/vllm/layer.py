@@ -10,60 +10,24 @@ from typing import Any
 
 import torch
 
+from mlagen.errors import RequestError
 from mlagen.integrations.vllm.log import stand_aside
+from mlagen.integrations.vllm.plugin import is_wanted
 from mlagen.integrations.vllm.prologue import Prologue, prepare
-from mlagen.integrations.vllm.splitting import OPERATOR, announce_operator
-
-WRAPPER = "MultiHeadLatentAttentionWrapper"
-
-KIMI_K3_WRAPPER = "KimiK3MultiHeadLatentAttentionWrapper"
-"""A subclass with a forward of its own, in a module that only its model imports."""
+from mlagen.integrations.vllm.splitting import OPERATOR
 
 
-def install() -> bool:
-    """Replace the class of MLA wrappers that vLLM makes from now on, once; False where somebody else has replaced it."""
-    from vllm.model_executor.custom_op import op_registry_oot
-    from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
-
-    base: Any = MultiHeadLatentAttentionWrapper
-    if WRAPPER in op_registry_oot:
-        return issubclass(op_registry_oot[WRAPPER], _Fused)
-    announce_operator()
-    _define_operator()
-    subclasses = base.__subclasses__()
-    base.register_oot(_fused(base))
-    _adopt(*subclasses)
-
-    # Kimi-K3's class may not be there yet, and its module is not ours to import: it brings the whole model.
-    def adopt(cls: Any, /, **options: Any) -> None:
-        super(base, cls).__init_subclass__(**options)
-        _adopt(cls)
-
-    base.__init_subclass__ = classmethod(adopt)
-    return True
-
-
-def _adopt(*classes: Any) -> None:
-    """Replace Kimi-K3's wrapper, where it is one of these classes."""
-    from vllm.model_executor.custom_op import op_registry_oot
-
-    for cls in classes:
-        if cls.__name__ == KIMI_K3_WRAPPER and KIMI_K3_WRAPPER not in op_registry_oot:
-            cls.register_oot(_fused(cls))
-
-
-class _Fused:
-    """What marks our classes."""
-
-
-def _fused(base: Any) -> type:
+def fused(base: Any) -> type:
     """The wrapper class that takes the place of `base`."""
+    _define_operator()
     constant: Any = torch.compiler.assume_constant_result
     note_scaling = constant(_note_scaling)  # said when a graph is traced, and no part of it
 
-    class FusedWrapper(_Fused, base):
+    class FusedWrapper(base):
         def __init__(self, *args: Any, **options: Any) -> None:
             base.__init__(self, *args, **options)
+            if not _is_wanted(self.mla_attn):
+                return
             attn, rotate = self.mla_attn, _rotation(self.rotary_emb)
             process_weights = attn.process_weights_after_loading
 
@@ -96,6 +60,15 @@ def _fused(base: Any) -> type:
 
     FusedWrapper.__name__ = FusedWrapper.__qualname__ = f"Mlagen{base.__name__}"
     return FusedWrapper
+
+
+def _is_wanted(attn: Any) -> bool:
+    """Whether the configuration of this layer's model leaves the plugin on."""
+    try:
+        return is_wanted(attn._vllm_config.additional_config)
+    except RequestError as error:
+        stand_aside(attn.layer_name, str(error))
+        return False
 
 
 def _note_scaling() -> bool:
@@ -146,6 +119,7 @@ def _rotation(rotary: Any) -> Any:
     return rotary.mlagen_rotation
 
 
+@functools.cache
 def _define_operator() -> None:
     """torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, positions, output, layer_name), which writes q and output."""
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture
