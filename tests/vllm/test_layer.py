@@ -140,13 +140,13 @@ def test_weights_that_are_loaded_again_are_packed_again(build, toy):
     """Into the same memory, which captured graphs read."""
     ours = build(toy.Options())
     for each in ours.attentions:
-        prologue = each.mlagen
-        before, where = prologue.packed.clone(), prologue.packed.data_ptr()
+        decode = each.mlagen.decode
+        before, where = decode.packed.clone(), decode.packed.data_ptr()
         each.kv_b_proj.weight.neg_()
         each.process_weights_after_loading(torch.bfloat16)
-        assert each.mlagen is prologue
-        assert prologue.packed.data_ptr() == where
-        assert torch.equal(prologue.packed, -before)
+        assert each.mlagen.decode is decode
+        assert decode.packed.data_ptr() == where
+        assert torch.equal(decode.packed, -before)
 
 
 def test_a_clamp_where_vllm_has_it(build, toy):

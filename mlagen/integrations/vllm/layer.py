@@ -13,7 +13,7 @@ import torch
 from mlagen.errors import RequestError
 from mlagen.integrations.vllm.log import stand_aside
 from mlagen.integrations.vllm.plugin import is_wanted
-from mlagen.integrations.vllm.prologue import Prologue, prepare
+from mlagen.integrations.vllm.prologue import Prologue
 from mlagen.integrations.vllm.splitting import OPERATOR
 
 
@@ -28,16 +28,14 @@ def fused(base: Any) -> type:
             base.__init__(self, *args, **options)
             if not _is_wanted(self.mla_attn):
                 return
-            attn, rotate = self.mla_attn, _rotation(self.rotary_emb)
+            attn = self.mla_attn
+            attn.mlagen = Prologue(self, _rotation(self.rotary_emb))
             process_weights = attn.process_weights_after_loading
 
             @functools.wraps(process_weights)
             def process_weights_after_loading(act_dtype: torch.dtype) -> None:
                 process_weights(act_dtype)
-                if getattr(attn, "mlagen", None) is not None:
-                    attn.mlagen.repack(attn)
-                else:
-                    attn.mlagen = prepare(self, act_dtype, rotate)
+                attn.mlagen.prepare(self, act_dtype)
 
             attn.process_weights_after_loading = process_weights_after_loading
 
@@ -50,7 +48,8 @@ def fused(base: Any) -> type:
             **options: Any,
         ) -> torch.Tensor:
             wrapper: Any = self
-            if getattr(self.mla_attn, "mlagen", None) is not None:
+            prologue = getattr(self.mla_attn, "mlagen", None)
+            if prologue is not None and prologue.fits:
                 if llama_4_scaling is None:
                     wrapper = _Unrotated(self, positions)
                 else:  # it comes between the rotation and attention
