@@ -23,7 +23,7 @@ KEY = "mlagen"
 
 def variable() -> str:
     """What MLAGEN_VLLM says: 0, 1, "config", or nothing.  Raises RequestError for another value."""
-    text = os.environ.get(VARIABLE, "")
+    text = os.environ.get("MLAGEN_VLLM", "")
     if text not in ("", "0", "1", CONFIG):
         raise RequestError(f"{VARIABLE}={text!r}: expected 0 or 1")
     return text
