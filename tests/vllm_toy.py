@@ -35,6 +35,7 @@ class Options:
     fp32_table: bool = False
     fp32_rope: bool = False  # vLLM's RoPE, but with fp32 in and out
     in_place_rope: bool = False  # vLLM's RoPE as one of its kernels that write over what they read
+    scaling: bool = False  # Llama 4's, of the query by position
     skipped: tuple[str, ...] = ()  # layers whose cache is not in fp8
     q_lora: bool = True
     gate: bool = False
@@ -104,6 +105,7 @@ def modules(options: Options) -> MLAModules:
 class Layers(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", options: Options) -> None:
         super().__init__()
+        self.scaling = options.scaling
         sizes = (HIDDEN, options.heads, (P + R) ** -0.5, P, R, V, QL if options.q_lora else None, L)
         self.layers = nn.ModuleList(
             options.wrapper(*sizes, modules(options), vllm_config.cache_config, prefix=f"model.layers.{number}.self_attn")
@@ -111,8 +113,11 @@ class Layers(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        scaling = None
+        if self.scaling:
+            scaling = (1 + 0.5 * torch.log(1 + torch.floor(positions / 8)))[..., None, None]
         for layer in self.layers:
-            hidden_states = hidden_states + layer(positions, hidden_states)
+            hidden_states = hidden_states + layer(positions, hidden_states, scaling)
         return hidden_states
 
 

@@ -139,3 +139,19 @@ def test_weights_are_loaded_again_as_vllm_does_it(build, toy):
             layerwise._finalize_attention_layer(attn, info, SimpleNamespace(dtype=torch.bfloat16))
     assert close(stock.run(batch), ours.run(batch))
     assert len(build.decodes) == 2
+
+
+@pytest.mark.parametrize("rope", ["gptj", "none"])
+def test_a_query_scaled_by_position(build, toy, rope):
+    """Llama 4's scaling, as Mistral-Large-3 has it: of the rotated query in vLLM, of the query before the kernel here."""
+    options, batch = toy.Options(scaling=True, rope=rope), toy.Batch(DECODE, 3, padding=2)
+    stock, ours, unscaled = build(options, plugin=False), build(options), build(toy.Options(rope=rope))
+    assert close(stock.run(batch)[:3], ours.run(batch)[:3])
+    unscaled.run(batch)
+    ratio = ours.queries[0].float().norm(dim=(1, 2)) / unscaled.queries[0].float().norm(dim=(1, 2))
+    wanted = 1 + 0.5 * torch.log(1 + torch.tensor([0.0, 2, 3]))
+    assert torch.allclose(ratio, wanted, rtol=0.05)
+    for name in OTHERS:
+        other = toy.Batch(**OTHERS[name])
+        assert torch.equal(stock.run(other), ours.run(other))
+    assert len(build.decodes) == 2 * 2

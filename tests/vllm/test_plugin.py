@@ -38,7 +38,7 @@ fake_rocm.become(sys.argv[1])
 import vllm.engine.arg_utils
 from vllm import plugins
 plugins.load_general_plugins()
-print([name for name in ("vllm.model_executor.layers.mla", "vllm.model_executor.models", "jinja2") if name in sys.modules])
+print([name for name in ("vllm.model_executor.layers.mla", "mlagen.runtime") if name in sys.modules])
 """
 
 

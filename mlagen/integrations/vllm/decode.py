@@ -42,10 +42,16 @@ class Decode:
 
     def run(
         self, attn: Any, metadata: Any, table: torch.Tensor | None, kv_cache: torch.Tensor, slots: torch.Tensor,
-        q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, positions: torch.Tensor, output: torch.Tensor,
+        q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, positions: torch.Tensor, scaling: torch.Tensor | None,
+        output: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Attention of the batch's first num_actual_tokens rows; nothing else is read or written.  `table`: cos and sin."""
+        """Attention of the batch's first num_actual_tokens rows; nothing else is read or written.  `table`: cos and sin.
+
+        `scaling` of the rotated query is one of the query: a rotation is linear.
+        """
         tokens, spec = metadata.num_actual_tokens, self.kernel.spec
+        if scaling is not None:
+            q[:tokens] *= scaling[:tokens]
         out: Any = None
         if self.room > spec.heads:
             out = torch.empty((tokens, self.room, spec.entry_dim), dtype=self.q_dtype, device=q.device)

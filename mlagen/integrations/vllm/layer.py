@@ -20,8 +20,6 @@ from mlagen.integrations.vllm.splitting import OPERATOR
 def fused(base: Any) -> type:
     """The wrapper class that takes the place of `base`."""
     _define_operator()
-    constant: Any = torch.compiler.assume_constant_result
-    note_scaling = constant(_note_scaling)  # said when a graph is traced, and no part of it
 
     class FusedWrapper(base):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -50,10 +48,7 @@ def fused(base: Any) -> type:
             wrapper: Any = self
             prologue = getattr(self.mla_attn, "mlagen", None)
             if prologue is not None and prologue.fits:
-                if llama_4_scaling is None:
-                    wrapper = _Unrotated(self, positions)
-                else:  # it comes between the rotation and attention
-                    note_scaling()
+                wrapper, llama_4_scaling = _Unrotated(self, positions, llama_4_scaling), None
             found: torch.Tensor = base.forward(wrapper, positions, hidden_states, llama_4_scaling, *args, **options)
             return found
 
@@ -70,19 +65,14 @@ def _is_wanted(attn: Any) -> bool:
         return False
 
 
-def _note_scaling() -> bool:
-    stand_aside("a layer", "Llama 4's scaling of the query by position")
-    return True
-
-
 class _Unrotated:
-    """A wrapper in the eyes of its own forward: nothing to rotate, and attention is our operator."""
+    """A wrapper in the eyes of its own forward: nothing to rotate or to scale, and attention is our operator."""
 
     rotary_emb = None
     _fused_qk_prep = False  # Kimi-K3's call of AITER, for which this one stands
 
-    def __init__(self, wrapper: Any, positions: torch.Tensor) -> None:
-        self.wrapper, self.positions = wrapper, positions
+    def __init__(self, wrapper: Any, positions: torch.Tensor, scaling: torch.Tensor | None) -> None:
+        self.wrapper, self.positions, self.scaling = wrapper, positions, scaling
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapper, name)
@@ -100,27 +90,37 @@ class _Unrotated:
 
         output = torch.empty(output_shape, dtype=q.dtype, device=q.device)
         name = _encode_layer_name(self.wrapper.mla_attn.layer_name)
-        torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, self.positions, output, name)
+        torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, self.positions, output, name, self.scaling)
         return output
 
 
 def _rotation(rotary: Any) -> Any:
-    """vLLM's RoPE as the wrapper's graph would have it: inside of our operator torch.compile does not see it by itself.
+    """vLLM's RoPE and Llama 4's scaling as the wrapper's graph would have them, called with (positions, q_pe, k_pe, scaling or None).
 
-    Once for a module, which all layers share: each torch.compile would trace it again.
+    Compiled where that graph would be: inside of our operator torch.compile does not see it by itself.  Once for a module, which
+    all layers share: each torch.compile would trace it again.
     """
     from vllm.model_executor.custom_op import CustomOp
 
-    if not isinstance(rotary, CustomOp) or rotary.enabled():
-        return rotary
+    compiles = isinstance(rotary, CustomOp) and not rotary.enabled()
+    rotate = rotary.forward_native if compiles else rotary
+
+    def rotation(
+        positions: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor, scaling: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q_pe, k_pe = rotate(positions, q_pe, k_pe)
+        return (q_pe if scaling is None else q_pe * scaling), k_pe
+
+    if not compiles:
+        return rotation
     if "mlagen_rotation" not in rotary.__dict__:
-        rotary.mlagen_rotation = rotary.maybe_compile(rotary.forward_native)
+        rotary.mlagen_rotation = rotary.maybe_compile(rotation)
     return rotary.mlagen_rotation
 
 
 @functools.cache
 def _define_operator() -> None:
-    """torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, positions, output, layer_name), which writes q and output."""
+    """torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, positions, output, layer_name, scaling), writes q and output."""
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture
     from vllm.model_executor.layers.attention.attention import get_attention_context
     from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
@@ -136,10 +136,11 @@ def _define_operator() -> None:
         positions: torch.Tensor,
         output: torch.Tensor,
         layer_name: LayerNameType,
+        scaling: torch.Tensor | None = None,
     ) -> None:
         metadata, attn, kv_cache, slots = get_attention_context(_resolve_layer_name(layer_name))
         prologue: Prologue = attn.mlagen
-        prologue.attend(attn, metadata, kv_cache, slots, q, kv_c_normed, k_pe, positions, output)
+        prologue.attend(attn, metadata, kv_cache, slots, q, kv_c_normed, k_pe, positions, scaling, output)
 
     # q is among them for vLLM's path, which rotates it in place: a copy of it would cost a prefill.
     direct_register_custom_op(

@@ -59,19 +59,21 @@ class Prologue:
 
     def attend(
         self, attn: Any, metadata: Any, kv_cache: torch.Tensor, slots: torch.Tensor | None,
-        q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, positions: torch.Tensor, output: torch.Tensor,
+        q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, positions: torch.Tensor, scaling: torch.Tensor | None,
+        output: torch.Tensor,
     ) -> None:  # fmt: skip
         """Attention of a batch, from what is not rotated yet.
 
-        q [T,H,P+R], which is overwritten where vLLM's path rotates it; kv_c [T,L]; k_pe [T,1,R]; positions [T]; slots [<= T];
-        output [T, H*V], the first num_actual_tokens rows of which are written, or all with zeros where there is no metadata.
+        q [T,H,P+R], which is overwritten where it is scaled, or where vLLM's path rotates it; kv_c [T,L]; k_pe [T,1,R]; positions
+        [T]; slots [<= T]; scaling [T,1,1], Llama 4's of the rotated query by position; output [T, H*V], the first
+        num_actual_tokens rows of which are written, or all with zeros where there is no metadata.
         """
         decode = self.decode
         if decode is not None and slots is not None and self._is_decode(decode, attn, metadata, kv_cache, slots, positions):
             table = self.rotary.cos_sin_cache if decode.kernel.spec.rope_style != "none" else None
-            decode.run(attn, metadata, table, kv_cache, slots, q, kv_c, k_pe, positions, output)
+            decode.run(attn, metadata, table, kv_cache, slots, q, kv_c, k_pe, positions, scaling, output)
         else:
-            self._stock(attn, metadata, kv_cache, slots, q, kv_c, k_pe, positions, output)
+            self._stock(attn, metadata, kv_cache, slots, q, kv_c, k_pe, positions, scaling, output)
 
     def _is_decode(
         self, decode: Decode, attn: Any, metadata: Any, kv_cache: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
@@ -89,13 +91,18 @@ class Prologue:
 
     def _stock(
         self, attn: Any, metadata: Any, kv_cache: torch.Tensor, slots: torch.Tensor | None,
-        q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, positions: torch.Tensor, output: torch.Tensor,
+        q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor, positions: torch.Tensor, scaling: torch.Tensor | None,
+        output: torch.Tensor,
     ) -> None:  # fmt: skip
         """What the wrapper's forward, unified_mla_kv_cache_update and unified_mla_attention_with_output do, one after the other."""
+        nope_dim = attn.qk_nope_head_dim
         if self.rotary is not None:
-            nope_dim = attn.qk_nope_head_dim
             # Some of vLLM's RoPE kernels work in place, and k_pe belongs to the projection before.
-            q[..., nope_dim:], k_pe = self.rotate(positions, q[..., nope_dim:], k_pe.clone())
+            q[..., nope_dim:], k_pe = self.rotate(positions, q[..., nope_dim:], k_pe.clone(), scaling)
+            if scaling is not None:
+                q[..., :nope_dim] *= scaling
+        elif scaling is not None:
+            q *= scaling
         attn.prepare_kv_cache_update(metadata)
         if slots is not None:
             attn.update_kv_cache(kv_c, k_pe, kv_cache, slots, metadata, attn.kv_cache_dtype, attn._k_scale)
