@@ -141,11 +141,11 @@ def test_weights_are_loaded_again_as_vllm_does_it(build, toy):
     assert len(build.decodes) == 2
 
 
-@pytest.mark.parametrize("rope", ["gptj", "none"])
+@pytest.mark.parametrize("rope", [{"rope": "gptj"}, {"rope": "neox", "fp32_table": True}, {"rope": "none"}])
 def test_a_query_scaled_by_position(build, toy, rope):
     """Llama 4's scaling, as Mistral-Large-3 has it: of the rotated query in vLLM, of the query before the kernel here."""
-    options, batch = toy.Options(scaling=True, rope=rope), toy.Batch(DECODE, 3, padding=2)
-    stock, ours, unscaled = build(options, plugin=False), build(options), build(toy.Options(rope=rope))
+    options, batch = toy.Options(scaling=True, **rope), toy.Batch(DECODE, 3, padding=2)
+    stock, ours, unscaled = build(options, plugin=False), build(options), build(toy.Options(**rope))
     assert close(stock.run(batch)[:3], ours.run(batch)[:3])
     unscaled.run(batch)
     ratio = ours.queries[0].float().norm(dim=(1, 2)) / unscaled.queries[0].float().norm(dim=(1, 2))

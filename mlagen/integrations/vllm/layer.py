@@ -95,7 +95,7 @@ class _Unrotated:
 
 
 def _rotation(rotary: Any) -> Any:
-    """vLLM's RoPE and Llama 4's scaling as the wrapper's graph would have them, called with (positions, q_pe, k_pe, scaling or None).
+    """vLLM's RoPE, and Llama 4's scaling behind it, as the wrapper's graph would have them.
 
     Compiled where that graph would be: inside of our operator torch.compile does not see it by itself.  Once for a module, which
     all layers share: each torch.compile would trace it again.
@@ -108,8 +108,9 @@ def _rotation(rotary: Any) -> Any:
     def rotation(
         positions: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor, scaling: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q_pe, k_pe = rotate(positions, q_pe, k_pe)
-        return (q_pe if scaling is None else q_pe * scaling), k_pe
+        rotated, k_pe = rotate(positions, q_pe, k_pe)
+        # Rounded to q's dtype in between, as by the wrapper, which puts it back into q.
+        return (rotated if scaling is None else rotated.to(q_pe.dtype) * scaling), k_pe
 
     if not compiles:
         return rotation
