@@ -49,10 +49,7 @@ class Prologue:
             target = _target(device)
             choice = choose(wrapper, dtype, weights.kind, target)
             self.fits = True
-            started = time.perf_counter()
-            kernel = load(choice.spec, device, arch=target.arch)
-            _announce(kernel, attn.layer_name, time.perf_counter() - started)
-            self.decode = Decode(kernel, choice, weights)
+            self.decode = Decode(_load(choice.spec, device, target, attn.layer_name), choice, weights)
         except (Unfit, MlagenError) as error:
             self.decode = None
             stand_aside(attn.layer_name, str(error))
@@ -118,12 +115,17 @@ def _target(device: torch.device) -> Target:
     return find_target("gfx942" if on_gfx942() else "gfx950")
 
 
-def _announce(kernel: Kernel, layer: str, seconds: float) -> None:
-    """The line by which a user sees that decode is fused; once for all layers with this kernel."""
-    if (kernel.spec, kernel.device) in _ANNOUNCED:
-        return
-    _ANNOUNCED.add((kernel.spec, kernel.device))
-    logger().info(
-        "mlagen: decode of %s, and of every layer like it, is fused: %s for %s on %s, ready after %.1f s",
-        layer, kernel.generated.name, kernel.target.arch, kernel.device, seconds,
-    )  # fmt: skip
+def _load(spec: PrologueSpec, device: torch.device, target: Target, layer: str) -> Kernel:
+    """The kernel, with two lines that say what takes time, and that decode is fused; once for all layers with this kernel."""
+    is_new = (spec, device) not in _ANNOUNCED
+    _ANNOUNCED.add((spec, device))
+    if is_new:
+        logger().info("mlagen: loading or building the kernel of %s, and of every layer like it", layer)
+    started = time.perf_counter()
+    kernel = load(spec, device, arch=target.arch)
+    if is_new:
+        logger().info(
+            "mlagen: decode of %s, and of every layer like it, is fused: %s for %s on %s, ready after %.1f s",
+            layer, kernel.generated.name, target.arch, device, time.perf_counter() - started,
+        )  # fmt: skip
+    return kernel
