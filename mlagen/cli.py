@@ -30,7 +30,7 @@ from mlagen.cli_options import (
     with_spec_options,
 )
 from mlagen.errors import BuildError, MlagenError, RequestError, VerificationError
-from mlagen.integrations.vllm.deployment import deployment_options
+from mlagen.integrations.vllm.deployment import deployment_requests
 from mlagen.models import PRESETS
 from mlagen.shipped import ARCHS, Request, representative, request, shipped_matrix
 from mlagen.target import Target, find_target
@@ -50,6 +50,8 @@ app = typer.Typer(
 
 OUT_HELP = "Folder for NAME.hip, NAME.co or, for NVIDIA, NAME.cubin, and manifest.json. Default: build/"
 
+VLLM_HELP = "The kernels that `vllm serve ARGS` may ask for; in quotes, without MODEL, see docs/vllm.md."
+
 
 def _folder(text: str) -> Path:
     if not text:  # an unset variable of a script, not the current folder
@@ -63,12 +65,6 @@ def _requests(model: str, tp: int, archs: list[str] | None, **options: Any) -> l
 
 def _targets(archs: list[str] | None) -> list[Target]:
     return [find_target(arch) for arch in dict.fromkeys(archs or ARCHS)]
-
-
-def _vllm_requests(model: str, tp: int, archs: list[str] | None, weight: str | None) -> list[Request]:
-    """What the plugin for vLLM may load of a model."""
-    wanted = [(target, options) for target in _targets(archs) for options in deployment_options(model, tp, target)]
-    return [request(model, tp, target, weight=weight, **options) for target, options in wanted]
 
 
 @app.command()
@@ -97,7 +93,7 @@ def build(
     options: SpecOptions,
     out: Annotated[Path | None, typer.Option(parser=_folder, metavar="DIR", help=OUT_HELP)] = None,
     toolchain: Annotated[str, typer.Option(help="auto; for AMD zig or rocm; for NVIDIA nvrtc or nvcc.")] = "auto",
-    vllm: Annotated[bool, typer.Option("--vllm", help="Every kernel of MODEL that vLLM may ask for, see docs/vllm.md.")] = False,
+    vllm_args: Annotated[str | None, typer.Option(metavar="ARGS", help=VLLM_HELP)] = None,
     build_all: Annotated[bool, typer.Option("--all", help="Every preset, TP size, arch and dtype that the project ships.")] = False,
     generated: Annotated[bool, typer.Option("--generated", help="The sources that are checked in under generated/.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; say what differs from what is there.")] = False,
@@ -105,19 +101,19 @@ def build(
     """Build kernels: HIP source, code object or cubin, and manifest."""
     from mlagen import build as builder
 
-    generated = generated or (check and model is None and not build_all)
-    if (model is not None) + build_all + generated != 1:
-        raise RequestError("name one of: a MODEL, --all, --generated")
+    generated = generated or (check and model is None and vllm_args is None and not build_all)
+    if (model is not None) + (vllm_args is not None) + build_all + generated != 1:
+        raise RequestError("name one of: a MODEL, --vllm-args, --all, --generated")
     folder = out or (GENERATED if generated else Path("build"))
-    if model is not None and vllm:
-        for name, flag in SPEC_FLAGS.items():
-            if name != "weight" and _given(context, name):
-                raise RequestError(f"{flag} does not go with --vllm, which asks for each that vLLM may; leave one of them out")
-        requests = _vllm_requests(model, tp, arch, options["weight"])
+    if vllm_args is not None:
+        for name, flag in {"tp": "--tp", **SPEC_FLAGS}.items():
+            if _given(context, name):
+                raise RequestError(f"{flag} does not go with --vllm-args, which says what vLLM asks for; leave one of them out")
+        requests = deployment_requests(vllm_args, _targets(arch))
     elif model is not None:
         requests = _requests(model, tp, arch, **options)
     else:
-        for name, flag in {"tp": "--tp", "arch": "--arch", "vllm": "--vllm", **SPEC_FLAGS}.items():
+        for name, flag in {"tp": "--tp", "arch": "--arch", **SPEC_FLAGS}.items():
             if _given(context, name):
                 raise RequestError(f"{flag} goes with a MODEL; leave it out, for what is built without one is fixed")
         requests = representative() if generated else shipped_matrix()

@@ -223,10 +223,12 @@ def _vllm() -> Finding:
         remedy = "unset VLLM_PLUGINS, or name mlagen in it"
         return Finding(name, False, f"vLLM {version} leaves mlagen out: VLLM_PLUGINS={allowed}", remedy, facts)
     try:
-        facts["on"] = vllm_plugin.switched_on()
+        facts["on"] = vllm_plugin.is_wanted({})
     except RequestError as error:
         return Finding(name, False, f"vLLM {version}, mlagen is off", str(error), {**facts, "on": False})
     detail = "on; its log says for each model whether decode is fused" if facts["on"] else "off; MLAGEN_VLLM=1 switches it on"
+    if not facts["on"] and vllm_plugin.variable() != "0":
+        detail += ", and so does --additional-config '{\"mlagen\": true}'"
     return Finding(name, True, f"vLLM {version}, mlagen is {detail}", facts=facts)
 
 
@@ -251,7 +253,7 @@ VARIABLES: dict[str, Callable[[str], object]] = {
     "MLAGEN_LOCK_TIMEOUT": lambda _: lock_timeout(),
     "MLAGEN_TABLES": read_tables,
     "MLAGEN_TOOLCHAIN": _one_of(toolchain.TOOLCHAINS),
-    "MLAGEN_VLLM": lambda _: vllm_plugin.switched_on(),
+    "MLAGEN_VLLM": lambda _: vllm_plugin.variable(),
 }
 """Every environment variable that mlagen reads, with what raises MlagenError where its value will not do."""
 

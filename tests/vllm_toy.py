@@ -34,6 +34,9 @@ class Options:
     rope: str = "gptj"  # gptj with YaRN, neox, none
     fp32_table: bool = False
     fp32_rope: bool = False  # vLLM's RoPE, but with fp32 in and out
+    in_place_rope: bool = False  # vLLM's RoPE as one of its kernels that write over what they read
+    scaling: bool = False  # Llama 4's, of the query by position
+    skipped: tuple[str, ...] = ()  # layers whose cache is not in fp8
     q_lora: bool = True
     gate: bool = False
     bmm: str = ""  # AITER's form of W_K: fp8, fp4
@@ -41,6 +44,7 @@ class Options:
     wrapper: type = MultiHeadLatentAttentionWrapper
     mode: CompilationMode = CompilationMode.NONE
     config: dict[str, Any] = field(default_factory=dict)  # more of CompilationConfig
+    additional: dict[str, Any] = field(default_factory=dict)  # VllmConfig's additional_config
 
 
 class Linear(nn.Linear):
@@ -75,6 +79,11 @@ def modules(options: Options) -> MLAModules:
         if options.fp32_rope:
             rotate = rotary.forward_native
             rotary._forward_method = lambda positions, q, k: rotate(positions, q.float(), k.float())
+        if options.in_place_rope:
+            rotate_into = rotary.forward_native
+            rotary._forward_method = lambda positions, q, k: tuple(
+                each.copy_(found) for each, found in zip((q, k), rotate_into(positions, q, k), strict=True)
+            )
     return MLAModules(
         kv_a_layernorm=Norm(L),
         kv_b_proj=Linear(L, options.heads * (P + V)),
@@ -96,6 +105,7 @@ def modules(options: Options) -> MLAModules:
 class Layers(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", options: Options) -> None:
         super().__init__()
+        self.scaling = options.scaling
         sizes = (HIDDEN, options.heads, (P + R) ** -0.5, P, R, V, QL if options.q_lora else None, L)
         self.layers = nn.ModuleList(
             options.wrapper(*sizes, modules(options), vllm_config.cache_config, prefix=f"model.layers.{number}.self_attn")
@@ -103,8 +113,11 @@ class Layers(nn.Module):
         )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        scaling = None
+        if self.scaling:
+            scaling = (1 + 0.5 * torch.log(1 + torch.floor(positions / 8)))[..., None, None]
         for layer in self.layers:
-            hidden_states = hidden_states + layer(positions, hidden_states)
+            hidden_states = hidden_states + layer(positions, hidden_states, scaling)
         return hidden_states
 
 
@@ -117,6 +130,7 @@ class Batch:
     padding: int = 0
     metadata: bool = True
     slots: bool = True
+    idle: int = 0  # of the requests, at the end: those of a full graph that nobody made, without slots
 
     @property
     def tokens(self) -> int:
@@ -128,10 +142,11 @@ class Model:
 
     def __init__(self, options: Options) -> None:
         self.options, self.queries = options, []
-        defaults = {"mode": options.mode, "custom_ops": ["none"], "cudagraph_mode": "NONE"}
+        ops = ["none", "+rotary_embedding"] if options.in_place_rope else ["none"]
+        defaults = {"mode": options.mode, "custom_ops": ops, "cudagraph_mode": "NONE"}
         compilation = CompilationConfig(**{**defaults, **options.config})
-        cache = CacheConfig(cache_dtype=options.cache, block_size=BLOCK_SIZE)
-        self.config = VllmConfig(compilation_config=compilation, cache_config=cache)
+        cache = CacheConfig(cache_dtype=options.cache, block_size=BLOCK_SIZE, kv_cache_dtype_skip_layers=list(options.skipped))
+        self.config = VllmConfig(compilation_config=compilation, cache_config=cache, additional_config=options.additional)
         torch.manual_seed(0)
         default = torch.get_default_dtype()
         torch.set_default_dtype(options.dtype)
@@ -173,11 +188,12 @@ class Model:
             getattr(attn, name).fill_(scale)
         attn._k_scale_float = 0.02
         # Pages lie further apart than they are long.
-        dtype = torch.uint8 if options.cache == "fp8" else options.dtype
+        is_fp8 = attn.kv_cache_dtype == "fp8"
+        dtype = torch.uint8 if is_fp8 else options.dtype
         pages = torch.zeros(BLOCKS, 1, BLOCK_SIZE + 1, L + R, dtype=dtype)[:, :, :BLOCK_SIZE]
         attn.bind_kv_cache(pages)
         history = torch.randn(BLOCKS, BLOCK_SIZE, L + R, generator=torch.Generator().manual_seed(number), dtype=torch.float32)
-        if options.cache == "fp8":
+        if is_fp8:
             history = (history * 40).to(current_platform.fp8_dtype()).view(torch.uint8)
         attn.kv_cache.copy_(history)
 
@@ -193,7 +209,8 @@ class Model:
         for number, (new, before) in enumerate(batch.requests):
             where = torch.arange(before, before + new)
             positions[row : row + new] = where
-            slots[row : row + new] = order[2 * number + where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE
+            if number < len(batch.requests) - batch.idle:
+                slots[row : row + new] = order[2 * number + where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE
             row += new
         metadata = _metadata(batch, order) if batch.metadata else None
         names = [each.layer_name for each in self.attentions]
@@ -208,7 +225,7 @@ class Model:
         entries = kv_cache[blocks[where // BLOCK_SIZE], where % BLOCK_SIZE]
         if entries.dtype is torch.uint8:
             entries = entries.view(current_platform.fp8_dtype())
-        return entries.float() * (attn._k_scale if self.options.cache == "fp8" else 1.0)
+        return entries.float() * (attn._k_scale if kv_cache.element_size() == 1 else 1.0)
 
     def _decode(self, query: Any, kv_cache: torch.Tensor, metadata: Any, attn: Any):
         """In place of a backend's forward_mqa: as many tokens for each request as decode.lengths says."""

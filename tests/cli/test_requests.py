@@ -78,7 +78,7 @@ NOT_NVIDIA = "is not a toolchain for NVIDIA GPUs; possible are auto, nvrtc, nvcc
         ("build deepseek-r1 --fp8-max 256 --arch gfx942", "fp8_max=256: gfx942's fp8_e4m3fnuz ends at 240"),
         ("build deepseek-r1 --fp8-max 224 --q-dtype bf16 --kv-dtype bf16", "fp8_max=224.0 without an fp8 output"),
         ("build deepseek-r1 --fp8-max big", "'--fp8-max'"),
-        ("build", "name one of: a MODEL, --all, --generated"),
+        ("build", "name one of: a MODEL, --vllm-args, --all, --generated"),
         ("build deepseek-r1 --all", "name one of"),
         ("build --all --generated", "name one of"),
         ("build --all --tp 4", "--tp goes with a MODEL"),
@@ -334,5 +334,9 @@ def test_no_request_ends_in_a_traceback(command, words):
 
 
 def test_what_vllm_may_ask_for_has_no_options():
-    assert "--kv-dtype does not go with --vllm" in refused("build", "deepseek-r1", "--vllm", "--kv-dtype", "bf16")
-    assert "--vllm goes with a MODEL" in refused("build", "--all", "--vllm")
+    args = ("--vllm-args", "deepseek-r1 -tp 8")
+    assert "--kv-dtype does not go with --vllm-args" in refused("build", *args, "--kv-dtype", "bf16")
+    assert "--tp does not go with --vllm-args" in refused("build", *args, "--tp", "8")
+    for other in ("deepseek-r1", "--all", "--generated"):
+        assert "name one of: a MODEL, --vllm-args, --all, --generated" in refused("build", *args, other)
+    assert "--vllm-args: no model" in refused("build", "--vllm-args", "")

@@ -7,15 +7,12 @@ import pytest
 
 from mlagen.errors import RequestError
 from mlagen.integrations.vllm import plugin
-from mlagen.integrations.vllm.deployment import deployment_options
-from mlagen.spec import PrologueSpec
-from mlagen.target import TARGETS
 
 
 def test_register_imports_nothing_while_it_is_off():
     code = """
 import os, sys
-os.environ.pop("MLAGEN_VLLM", None)
+os.environ["MLAGEN_VLLM"] = "0"
 from mlagen.integrations.vllm import register
 register()
 print(*(name for name in ("torch", "vllm", "numpy") if name in sys.modules))
@@ -24,19 +21,39 @@ print(*(name for name in ("torch", "vllm", "numpy") if name in sys.modules))
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
 
 
-@pytest.mark.parametrize(("text", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
-def test_the_switch(monkeypatch, text, on):
+@pytest.mark.parametrize(
+    ("text", "asked", "wanted"),
+    [
+        (None, {}, False),
+        ("", {}, False),
+        ("0", {}, False),
+        ("1", {}, True),
+        (None, {"mlagen": True}, True),
+        ("", {"mlagen": True}, True),
+        ("config", {"mlagen": True}, True),
+        ("config", {"other": True}, False),
+        ("1", {"mlagen": False}, False),
+        ("0", {"mlagen": True}, False),
+        ("1", object(), True),
+    ],
+)
+def test_the_switch(monkeypatch, text, asked, wanted):
+    """A model's configuration comes before the variable, but for its 0."""
     if text is None:
         monkeypatch.delenv("MLAGEN_VLLM", raising=False)
     else:
         monkeypatch.setenv("MLAGEN_VLLM", text)
-    assert plugin.switched_on() is on
+    assert plugin.is_wanted(asked) is wanted
 
 
-def test_another_value_is_refused(monkeypatch):
+def test_other_values_are_refused(monkeypatch):
     monkeypatch.setenv("MLAGEN_VLLM", "true")
     with pytest.raises(RequestError, match="MLAGEN_VLLM='true': expected 0 or 1"):
-        plugin.switched_on()
+        plugin.variable()
+    monkeypatch.setenv("MLAGEN_VLLM", "1")
+    for value in (1, 0, "true", 1.0):
+        with pytest.raises(RequestError, match=f"mlagen is {value!r}, expected true or false"):
+            plugin.is_wanted({"mlagen": value})
 
 
 @pytest.mark.parametrize(
@@ -44,11 +61,3 @@ def test_another_value_is_refused(monkeypatch):
 )
 def test_versions(version, tested):
     assert plugin.is_tested(version) is tested
-
-
-@pytest.mark.parametrize(("model", "tp", "arch", "kernels"), [("deepseek-r1", 8, "gfx942", 3), ("kimi-linear", 4, "gfx950", 5)])
-def test_what_a_deployment_may_need(model, tp, arch, kernels):
-    """Each of these is another kernel; few heads may be wanted as a pair, too."""
-    found = [PrologueSpec.from_model(model, tp=tp, **each) for each in deployment_options(model, tp, TARGETS[arch])]
-    assert len(set(found)) == len(found) == kernels
-    assert {each.fp8_max for each in found if each.kv_dtype == "fp8"} == ({224.0} if arch == "gfx942" else {None})

@@ -25,7 +25,7 @@ def build(toy, monkeypatch) -> Callable:
     """build(options, plugin=...): a model, with or without the plugin.  build.decodes: layers that decoded through it."""
     from vllm.model_executor import custom_op
 
-    from mlagen.integrations.vllm import log, prologue, register
+    from mlagen.integrations.vllm import decode, log, prologue, register
 
     monkeypatch.setenv("MLAGEN_VLLM", "1")
     register()
@@ -38,13 +38,13 @@ def build(toy, monkeypatch) -> Callable:
         monkeypatch.setattr(custom_op, "op_registry_oot", replaced if plugin else {})
         return toy.Model(options)
 
-    decode, build_.decodes = prologue.Prologue._decode, []
+    run, build_.decodes = decode.Decode.run, []
 
-    def counted(self, *arguments):
-        build_.decodes.append(self.layer_name)
-        decode(self, *arguments)
+    def counted(self, attn, *arguments):
+        build_.decodes.append(attn.layer_name)
+        run(self, attn, *arguments)
 
-    monkeypatch.setattr(prologue.Prologue, "_decode", counted)
+    monkeypatch.setattr(decode.Decode, "run", counted)
     return build_
 
 

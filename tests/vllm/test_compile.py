@@ -80,19 +80,16 @@ def test_compiled_graphs_have_names_of_their_own(build, monkeypatch):
     assert CompilationConfig(splitting_ops=[]).compute_hash() != with_plugin
 
 
-def test_a_query_scaled_by_position_is_left_to_vllm(toy, build, said):
-    """Llama 4's scaling comes between the rotation and attention; the log says so, traced or not."""
-    ours, stock = (build(toy.Options(), plugin=plugin) for plugin in (True, False))
-    scaling = torch.tensor([[[2.0]]], dtype=torch.bfloat16)
-    hidden, positions = torch.randn(2, toy.HIDDEN, dtype=torch.bfloat16), torch.arange(2)
-    from vllm.forward_context import set_forward_context
+def test_a_query_scaled_by_position(toy, build):
+    """Llama 4's scaling, which comes between the rotation and attention, in a compiled graph."""
+    from vllm.config.compilation import CompilationMode, PassConfig
 
-    found = []
-    for model in (stock, ours):
-        with set_forward_context(None, model.config, num_tokens=2, slot_mapping={}), torch.inference_mode():
-            wrapper = model.module.layers[0]
-            found.append(wrapper(positions, hidden, scaling))
-            compiled = torch.compile(wrapper, backend="eager", fullgraph=True)
-            found.append(compiled(positions, hidden, scaling))
-    assert all(torch.equal(found[0], each) for each in found)
-    assert [line for line in said if "Llama 4" in line]
+    config = {"pass_config": PassConfig(fuse_rope_kvcache_cat_mla=False)}
+    options = toy.Options(mode=CompilationMode.VLLM_COMPILE, config=config, scaling=True)
+    stock, ours = build(options, plugin=False), build(options)
+    for batch in (toy.Batch(((7, 0), (3, 14)), 0), toy.Batch(((1, 20), (1, 6), (4, 12)), 2)):
+        assert torch.equal(stock.run(batch), ours.run(batch))
+    batch = toy.Batch(((1, 7), (1, 17), (1, 30)), 3, padding=2)
+    expected, found = stock.run(batch)[:3], ours.run(batch)[:3]
+    assert (expected.float() - found.float()).abs().max() <= 8 * 2**-7 * expected.float().abs().max()
+    assert len(build.decodes) == 2

@@ -30,9 +30,10 @@ def test_a_layer_that_does_not_fit(build, toy, said, word):
     said.clear()
     for each in ours.module.layers:
         FACTS[word](each)
-        each.mla_attn.mlagen = None
+        each.mla_attn.mlagen.decode = None
         each.mla_attn.process_weights_after_loading(torch.bfloat16)
-        assert each.mla_attn.mlagen is None
+        assert not each.mla_attn.mlagen.fits
+        assert each.mla_attn.mlagen.decode is None
     (line,) = said
     assert word in line
     assert "model.layers.0.self_attn.attn" in line
@@ -54,11 +55,13 @@ def test_another_rotation(build, toy):
         rope_style(ours.module.layers[0].rotary_emb, 32)
 
 
-def test_without_a_kernel_a_layer_is_stock(build, toy, said):
+@pytest.mark.parametrize("fits", [True, False])
+def test_without_a_kernel_a_layer_is_stock(build, toy, said, fits):
+    """Whether its graph calls our operator, as one that vLLM kept on disk may, or not."""
     options, batch = toy.Options(), toy.Batch(DECODE, 2)
     stock, ours = build(options, plugin=False), build(options)
     for each in ours.attentions:
-        each.mlagen = None
+        each.mlagen.fits, each.mlagen.decode = fits, None
     assert torch.equal(stock.run(batch), ours.run(batch))
     for one, other in zip(stock.caches, ours.caches, strict=True):
         assert torch.equal(one, other)
@@ -76,8 +79,8 @@ def test_a_kernel_that_cannot_be_had(build, toy, said, monkeypatch):
     options, batch = toy.Options(), toy.Batch(DECODE, 2)
     stock, ours = build(options, plugin=False), build(options)
     assert torch.equal(stock.run(batch), ours.run(batch))
-    (line,) = said
-    assert "no kernel, and MLAGEN_JIT=0" in line
+    assert ours.attentions[0].mlagen.fits, "a graph does not depend on what was to be had when it was made"
+    assert ["no kernel, and MLAGEN_JIT=0" in line for line in said] == [False, True], "once for both layers"
 
 
 @pytest.mark.parametrize(
@@ -90,28 +93,38 @@ def test_a_kernel_that_cannot_be_had(build, toy, said, monkeypatch):
 )
 def test_a_cache_of_another_layout(build, toy, said, word, change):
     """Found when a batch comes: vLLM's path runs, and one line says why."""
-    from mlagen.integrations.vllm.prologue import Prologue
-
     ours = build(toy.Options())
     said.clear()
     metadata = SimpleNamespace(num_actual_tokens=2, num_decode_tokens=2)
     attn = ours.attentions[0]
-    prologue: Prologue = attn.mlagen
-    assert prologue._is_decode(attn, metadata, ours.caches[0], torch.zeros(2, dtype=torch.int64))
+    two = torch.zeros(2, dtype=torch.int64)
+
+    def is_decode(cache):
+        return attn.mlagen._is_decode(attn.mlagen.decode, attn, metadata, cache, two, two)
+
+    assert is_decode(ours.caches[0])
     for _ in range(2):
-        assert not prologue._is_decode(attn, metadata, change(ours.caches[0]), torch.zeros(2, dtype=torch.int64))
+        assert not is_decode(change(ours.caches[0]))
     (line,) = said
     assert word in line
-    assert not prologue._is_decode(attn, metadata, ours.caches[0][:0], torch.zeros(2, dtype=torch.int64))
+    assert not is_decode(ours.caches[0][:0])
 
 
 def test_arguments_of_another_kind(build, toy, said):
-    """Fewer slots than tokens, and scales of heads."""
+    """Fewer slots than tokens, positions as MRoPE has them, and scales of heads."""
     attn = build(toy.Options()).attentions[0]
     said.clear()
     metadata = SimpleNamespace(num_actual_tokens=2, num_decode_tokens=2)
-    assert not attn.mlagen._is_decode(attn, metadata, attn.kv_cache, torch.zeros(1, dtype=torch.int64))
+
+    def is_decode(slots, positions):
+        slots, positions = (torch.zeros(shape, dtype=torch.int64) for shape in (slots, positions))
+        return attn.mlagen._is_decode(attn.mlagen.decode, attn, metadata, attn.kv_cache, slots, positions)
+
+    assert is_decode((5,), (5,)), "vLLM's may be longer"
+    assert not is_decode((1,), (2,))
+    assert not is_decode((2,), (3, 2))
     attn._q_scale = torch.ones(4)
-    assert not attn.mlagen._is_decode(attn, metadata, attn.kv_cache, torch.zeros(2, dtype=torch.int64))
+    assert not is_decode((2,), (2,))
     assert "a slot mapping [1] for 2 tokens" in said[0]
-    assert "a scale for each head" in said[1]
+    assert "positions [3, 2]" in said[1]
+    assert "a scale for each head" in said[2]

@@ -140,13 +140,13 @@ def test_weights_that_are_loaded_again_are_packed_again(build, toy):
     """Into the same memory, which captured graphs read."""
     ours = build(toy.Options())
     for each in ours.attentions:
-        prologue = each.mlagen
-        before, where = prologue.packed.clone(), prologue.packed.data_ptr()
+        decode = each.mlagen.decode
+        before, where = decode.packed.clone(), decode.packed.data_ptr()
         each.kv_b_proj.weight.neg_()
         each.process_weights_after_loading(torch.bfloat16)
-        assert each.mlagen is prologue
-        assert prologue.packed.data_ptr() == where
-        assert torch.equal(prologue.packed, -before)
+        assert each.mlagen.decode is decode
+        assert decode.packed.data_ptr() == where
+        assert torch.equal(decode.packed, -before)
 
 
 def test_a_clamp_where_vllm_has_it(build, toy):
@@ -163,19 +163,26 @@ def test_a_clamp_where_vllm_has_it(build, toy):
 
 
 @pytest.mark.parametrize("backend", ["ROCM_AITER_MLA", "TRITON_MLA"])
-@pytest.mark.parametrize("cache", ["fp8", "auto"])
+@pytest.mark.parametrize("cache", ["fp8", "auto", "bfloat16"])
 @pytest.mark.parametrize("tp", [8, 16])
-def test_a_layer_asks_for_a_kernel_that_was_built_beforehand(build, toy, backend, cache, tp):
-    """Or else a deployment without a compiler would not find it."""
+@pytest.mark.parametrize("weight", [None, "fp8", "mxfp4"])
+def test_a_layer_asks_for_a_kernel_that_was_built_beforehand(build, toy, backend, cache, tp, weight):
+    """Or else a deployment without a compiler would not find it.  Where the command names everything, it is the only one."""
     from mlagen.integrations.vllm.choice import choose
-    from mlagen.integrations.vllm.deployment import deployment_options
+    from mlagen.integrations.vllm.deployment import deployment_requests
     from mlagen.integrations.vllm.prologue import _target
-    from mlagen.spec import PrologueSpec
 
     model, target = build(toy.Options()), _target(torch.device("cpu"))
+    if weight == "mxfp4" and target.arch == "gfx942":
+        pytest.skip("vLLM has AITER's fp4 products on gfx950")
     sizes = {"num_heads": 128 // tp, "qk_nope_head_dim": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     takes_fp8 = SimpleNamespace(supports_quant_query_input=backend == "ROCM_AITER_MLA")
     attn = SimpleNamespace(**sizes, kv_cache_dtype=cache, impl=takes_fp8, attn_backend=SimpleNamespace(get_name=lambda: backend))
     wrapper = SimpleNamespace(mla_attn=attn, rotary_emb=model.module.layers[0].rotary_emb)
-    built = [PrologueSpec.from_model("deepseek-r1", tp=tp, **each) for each in deployment_options("deepseek-r1", tp, target)]
-    assert choose(wrapper, torch.bfloat16, None, target).spec in built
+    asked = choose(wrapper, torch.bfloat16, weight, target).spec
+    switch = {None: "", "fp8": "VLLM_ROCM_USE_AITER_FP8BMM=1 ", "mxfp4": "VLLM_ROCM_USE_AITER_FP4BMM=1 "}[weight]
+    command = f"VLLM_ROCM_USE_AITER=1 {switch}vllm serve deepseek-ai/DeepSeek-R1 -tp {tp}"
+    assert asked in [each.spec for each in deployment_requests(command, [target])]
+    named = deployment_requests(f"{command} --kv-cache-dtype {cache} --attention-backend {backend}", [target])
+    of_weight = [each.spec for each in named if each.spec.weight == asked.weight and each.spec.kv_dtype == asked.kv_dtype]
+    assert of_weight == [asked]

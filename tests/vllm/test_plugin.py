@@ -26,16 +26,27 @@ from vllm.logger import configure_logging
 from vllm.model_executor.custom_op import op_registry_oot
 import vllm_toy
 configure_logging(LoggingConfig())  # as vLLM's engine does
-model = vllm_toy.Model(vllm_toy.Options())
+model = vllm_toy.Model(vllm_toy.Options(additional=eval(sys.argv[2])))
 print(type(model.module.layers[0]).__name__, sorted(op_registry_oot), len(CompilationConfig._attention_ops))
 """
 
 
-def run(program=PROGRAM, **variables):
-    """What it prints, and what it says in the log."""
+LIGHT = """
+import sys
+import fake_rocm
+fake_rocm.become(sys.argv[1])
+import vllm.engine.arg_utils
+from vllm import plugins
+plugins.load_general_plugins()
+print([name for name in ("vllm.model_executor.layers.mla", "mlagen.runtime") if name in sys.modules])
+"""
+
+
+def run(program=PROGRAM, additional=None, **variables):
+    """What it prints, and what it says in the log; `additional` is vLLM's --additional-config."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLAGEN_VLLM", "VLLM_"))}
     path = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT)))}
-    command = [sys.executable, "-c", program, ARCH]
+    command = [sys.executable, "-c", program, ARCH, repr(additional or {})]
     done = subprocess.run(command, env={**kept, **path, **variables}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), [line for line in (done.stdout + done.stderr).splitlines() if "mlagen:" in line]
@@ -48,7 +59,16 @@ def test_vllm_finds_it():
     assert point.load() is register
 
 
-@pytest.mark.parametrize("variables", [{}, {"MLAGEN_VLLM": "0"}, {"MLAGEN_VLLM": "1", "VLLM_PLUGINS": "another"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"additional": {"mlagen": False}},
+        {"MLAGEN_VLLM": "0"},
+        {"MLAGEN_VLLM": "0", "additional": {"mlagen": True}},
+        {"MLAGEN_VLLM": "1", "VLLM_PLUGINS": "another"},
+    ],
+)
 def test_off(variables):
     """Nothing is replaced and nothing said."""
     printed, said = run(**variables)
@@ -61,9 +81,71 @@ def test_on_and_loaded_twice():
     off, on = run(), run(MLAGEN_VLLM="1")
     assert on[0][-1].startswith("MlagenMultiHeadLatentAttentionWrapper ['MultiHeadLatentAttentionWrapper'] ")
     assert int(on[0][-1].split()[-1]) == int(off[0][-1].split()[-1]) + 1
-    (line,) = on[1]
+    building, line = on[1]
+    assert "loading or building the kernel of model.layers.0.self_attn.attn" in building
     assert "decode of model.layers.0.self_attn.attn, and of every layer like it, is fused" in line
     assert ARCH in line
+
+
+WORKER = """
+import pickle, sys
+import fake_rocm
+fake_rocm.become(sys.argv[1])
+from vllm import plugins
+config = pickle.load(sys.stdin.buffer)
+plugins.load_general_plugins()
+import torch
+import vllm_toy
+from vllm.config import set_current_vllm_config
+config.compilation_config.static_forward_context.clear()
+torch.set_default_dtype(torch.bfloat16)
+with set_current_vllm_config(config):
+    (layer, _) = vllm_toy.Layers(vllm_config=config, options=vllm_toy.Options()).layers
+print("worker:", type(layer).__name__, "process_weights_after_loading" in vars(layer.mla_attn), flush=True)
+"""
+
+PARENT = """
+import os, pickle, subprocess
+for config in (model.config, vllm_toy.Model(vllm_toy.Options()).config):
+    config.compilation_config.static_forward_context.clear()
+    subprocess.run([sys.executable, "-c", os.environ["WORKER"], sys.argv[1]], input=pickle.dumps(config), check=True)
+print(os.environ["MLAGEN_VLLM"])
+"""
+
+
+@pytest.mark.host
+def test_on_by_a_models_configuration():
+    """And so in the processes that vLLM starts, which get the configuration ready-made; off for another model in all of them."""
+    printed, said = run(PROGRAM + PARENT, additional={"mlagen": True}, WORKER=WORKER)
+    ours = "MlagenMultiHeadLatentAttentionWrapper"
+    assert [line for line in printed if line.startswith(f"{ours} ")]
+    workers = [line for line in printed if line.startswith("worker:")]
+    assert workers == [f"worker: {ours} True", f"worker: {ours} False"]
+    assert printed[-1] == "config"
+    assert ["is fused" in line for line in said] == [False, True]
+
+
+@pytest.mark.host
+def test_a_models_configuration_says_no():
+    """The layer is ours, and does what vLLM's does: it has no kernel."""
+    program = PROGRAM + "print('wraps', 'process_weights_after_loading' in vars(model.attentions[0]))\n"
+    printed, said = run(program, additional={"mlagen": False}, MLAGEN_VLLM="1")
+    assert printed[-1] == "wraps False"
+    assert not said
+
+
+@pytest.mark.parametrize("variables", [{}, {"MLAGEN_VLLM": "1"}])
+def test_a_configuration_with_another_value(variables):
+    _, said = run(additional={"mlagen": "yes"}, **variables)
+    (line,) = said
+    assert "additional_config: mlagen is 'yes', expected true or false" in line
+
+
+@pytest.mark.parametrize("variables", [{}, {"MLAGEN_VLLM": "1"}])
+def test_loading_it_imports_none_of_vllms_layers(variables):
+    """Processes that pass requests on, or that have yet to fork, have no use for them."""
+    printed, _ = run(LIGHT, **variables)
+    assert printed[-1] == "[]"
 
 
 def test_a_version_that_was_not_tested():
@@ -102,7 +184,9 @@ found = doctor._vllm()
 print(found.works, found.detail, "|", found.remedy)
 assert "vllm" not in sys.modules and "torch" not in sys.modules
 """
-    assert run(program)[0] == ["True vLLM 0.33.0, mlagen is off; MLAGEN_VLLM=1 switches it on | "]
+    off = "True vLLM 0.33.0, mlagen is off; MLAGEN_VLLM=1 switches it on"
+    assert run(program)[0] == [f"{off}, and so does --additional-config '{{\"mlagen\": true}}' | "]
+    assert run(program, MLAGEN_VLLM="0")[0] == [f"{off} | "]
     assert run(program, MLAGEN_VLLM="1")[0] == [
         "True vLLM 0.33.0, mlagen is on; its log says for each model whether decode is fused | "
     ]

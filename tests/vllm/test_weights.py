@@ -58,7 +58,7 @@ def test_decodes_with_codes_as_they_are(build, toy, aiter_bmm, bmm, cache, said)
     """The kernel multiplies the codes that the stock path has, by activations that it does not round."""
     options = toy.Options(bmm=bmm, cache=cache)
     stock, ours = build(options, plugin=False), build(options)
-    assert ours.attentions[0].mlagen.kernel.spec.weight == {"fp8": "fp8", "fp4": "mxfp4"}[bmm]
+    assert ours.attentions[0].mlagen.decode.kernel.spec.weight == {"fp8": "fp8", "fp4": "mxfp4"}[bmm]
     batch = toy.Batch(((1, 5), (1, 17)), 2, padding=1)
     expected, found = stock.run(batch)[:2], ours.run(batch)[:2]
     assert (expected.float() - found.float()).abs().max() <= 8 * 2**-7 * expected.float().abs().max()

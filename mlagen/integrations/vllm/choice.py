@@ -6,16 +6,11 @@ from typing import Any
 import torch
 
 from mlagen.errors import SpecError
-from mlagen.integrations.vllm.deployment import fp8_limit, is_pair
+from mlagen.integrations.vllm.deployment import BACKENDS, FP8_CACHES, fp8_limit, is_pair
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
 
 MODEL_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-FP8_CACHES = ("fp8", "fp8_e4m3")
-
-BACKENDS = ("ROCM_AITER_MLA", "TRITON_MLA")
-"""Attention that was tested behind a kernel, by vLLM's names of it."""
 
 
 class Unfit(Exception):

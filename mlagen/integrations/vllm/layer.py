@@ -10,70 +10,30 @@ from typing import Any
 
 import torch
 
+from mlagen.errors import RequestError
 from mlagen.integrations.vllm.log import stand_aside
-from mlagen.integrations.vllm.prologue import Prologue, prepare
-from mlagen.integrations.vllm.splitting import OPERATOR, announce_operator
-
-WRAPPER = "MultiHeadLatentAttentionWrapper"
-
-KIMI_K3_WRAPPER = "KimiK3MultiHeadLatentAttentionWrapper"
-"""A subclass with a forward of its own, in a module that only its model imports."""
+from mlagen.integrations.vllm.plugin import is_wanted
+from mlagen.integrations.vllm.prologue import Prologue
+from mlagen.integrations.vllm.splitting import OPERATOR
 
 
-def install() -> bool:
-    """Replace the class of MLA wrappers that vLLM makes from now on, once; False where somebody else has replaced it."""
-    from vllm.model_executor.custom_op import op_registry_oot
-    from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
-
-    base: Any = MultiHeadLatentAttentionWrapper
-    if WRAPPER in op_registry_oot:
-        return issubclass(op_registry_oot[WRAPPER], _Fused)
-    announce_operator()
-    _define_operator()
-    subclasses = base.__subclasses__()
-    base.register_oot(_fused(base))
-    _adopt(*subclasses)
-
-    # Kimi-K3's class may not be there yet, and its module is not ours to import: it brings the whole model.
-    def adopt(cls: Any, /, **options: Any) -> None:
-        super(base, cls).__init_subclass__(**options)
-        _adopt(cls)
-
-    base.__init_subclass__ = classmethod(adopt)
-    return True
-
-
-def _adopt(*classes: Any) -> None:
-    """Replace Kimi-K3's wrapper, where it is one of these classes."""
-    from vllm.model_executor.custom_op import op_registry_oot
-
-    for cls in classes:
-        if cls.__name__ == KIMI_K3_WRAPPER and KIMI_K3_WRAPPER not in op_registry_oot:
-            cls.register_oot(_fused(cls))
-
-
-class _Fused:
-    """What marks our classes."""
-
-
-def _fused(base: Any) -> type:
+def fused(base: Any) -> type:
     """The wrapper class that takes the place of `base`."""
-    constant: Any = torch.compiler.assume_constant_result
-    note_scaling = constant(_note_scaling)  # said when a graph is traced, and no part of it
+    _define_operator()
 
-    class FusedWrapper(_Fused, base):
+    class FusedWrapper(base):
         def __init__(self, *args: Any, **options: Any) -> None:
             base.__init__(self, *args, **options)
-            attn, rotate = self.mla_attn, _rotation(self.rotary_emb)
+            if not _is_wanted(self.mla_attn):
+                return
+            attn = self.mla_attn
+            attn.mlagen = Prologue(self, _rotation(self.rotary_emb))
             process_weights = attn.process_weights_after_loading
 
             @functools.wraps(process_weights)
             def process_weights_after_loading(act_dtype: torch.dtype) -> None:
                 process_weights(act_dtype)
-                if getattr(attn, "mlagen", None) is not None:
-                    attn.mlagen.repack(attn)
-                else:
-                    attn.mlagen = prepare(self, act_dtype, rotate)
+                attn.mlagen.prepare(self, act_dtype)
 
             attn.process_weights_after_loading = process_weights_after_loading
 
@@ -86,11 +46,9 @@ def _fused(base: Any) -> type:
             **options: Any,
         ) -> torch.Tensor:
             wrapper: Any = self
-            if getattr(self.mla_attn, "mlagen", None) is not None:
-                if llama_4_scaling is None:
-                    wrapper = _Unrotated(self, positions)
-                else:  # it comes between the rotation and attention
-                    note_scaling()
+            prologue = getattr(self.mla_attn, "mlagen", None)
+            if prologue is not None and prologue.fits:
+                wrapper, llama_4_scaling = _Unrotated(self, positions, llama_4_scaling), None
             found: torch.Tensor = base.forward(wrapper, positions, hidden_states, llama_4_scaling, *args, **options)
             return found
 
@@ -98,19 +56,23 @@ def _fused(base: Any) -> type:
     return FusedWrapper
 
 
-def _note_scaling() -> bool:
-    stand_aside("a layer", "Llama 4's scaling of the query by position")
-    return True
+def _is_wanted(attn: Any) -> bool:
+    """Whether the configuration of this layer's model leaves the plugin on."""
+    try:
+        return is_wanted(attn._vllm_config.additional_config)
+    except RequestError as error:
+        stand_aside(attn.layer_name, str(error))
+        return False
 
 
 class _Unrotated:
-    """A wrapper in the eyes of its own forward: nothing to rotate, and attention is our operator."""
+    """A wrapper in the eyes of its own forward: nothing to rotate or to scale, and attention is our operator."""
 
     rotary_emb = None
     _fused_qk_prep = False  # Kimi-K3's call of AITER, for which this one stands
 
-    def __init__(self, wrapper: Any, positions: torch.Tensor) -> None:
-        self.wrapper, self.positions = wrapper, positions
+    def __init__(self, wrapper: Any, positions: torch.Tensor, scaling: torch.Tensor | None) -> None:
+        self.wrapper, self.positions, self.scaling = wrapper, positions, scaling
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.wrapper, name)
@@ -128,26 +90,38 @@ class _Unrotated:
 
         output = torch.empty(output_shape, dtype=q.dtype, device=q.device)
         name = _encode_layer_name(self.wrapper.mla_attn.layer_name)
-        torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, self.positions, output, name)
+        torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, self.positions, output, name, self.scaling)
         return output
 
 
 def _rotation(rotary: Any) -> Any:
-    """vLLM's RoPE as the wrapper's graph would have it: inside of our operator torch.compile does not see it by itself.
+    """vLLM's RoPE, and Llama 4's scaling behind it, as the wrapper's graph would have them.
 
-    Once for a module, which all layers share: each torch.compile would trace it again.
+    Compiled where that graph would be: inside of our operator torch.compile does not see it by itself.  Once for a module, which
+    all layers share: each torch.compile would trace it again.
     """
     from vllm.model_executor.custom_op import CustomOp
 
-    if not isinstance(rotary, CustomOp) or rotary.enabled():
-        return rotary
+    compiles = isinstance(rotary, CustomOp) and not rotary.enabled()
+    rotate = rotary.forward_native if compiles else rotary
+
+    def rotation(
+        positions: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor, scaling: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rotated, k_pe = rotate(positions, q_pe, k_pe)
+        # Rounded to q's dtype in between, as by the wrapper, which puts it back into q.
+        return (rotated if scaling is None else rotated.to(q_pe.dtype) * scaling), k_pe
+
+    if not compiles:
+        return rotation
     if "mlagen_rotation" not in rotary.__dict__:
-        rotary.mlagen_rotation = rotary.maybe_compile(rotary.forward_native)
+        rotary.mlagen_rotation = rotary.maybe_compile(rotation)
     return rotary.mlagen_rotation
 
 
+@functools.cache
 def _define_operator() -> None:
-    """torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, positions, output, layer_name), which writes q and output."""
+    """torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, positions, output, layer_name, scaling), writes q and output."""
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture
     from vllm.model_executor.layers.attention.attention import get_attention_context
     from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
@@ -163,10 +137,11 @@ def _define_operator() -> None:
         positions: torch.Tensor,
         output: torch.Tensor,
         layer_name: LayerNameType,
+        scaling: torch.Tensor | None = None,
     ) -> None:
         metadata, attn, kv_cache, slots = get_attention_context(_resolve_layer_name(layer_name))
         prologue: Prologue = attn.mlagen
-        prologue.attend(attn, metadata, kv_cache, slots, q, kv_c_normed, k_pe, positions, output)
+        prologue.attend(attn, metadata, kv_cache, slots, q, kv_c_normed, k_pe, positions, scaling, output)
 
     # q is among them for vLLM's path, which rotates it in place: a copy of it would cost a prefill.
     direct_register_custom_op(
