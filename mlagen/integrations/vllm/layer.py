@@ -6,6 +6,7 @@ operator.  The operator looks at the batch when it runs, which a compiled graph 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,40 +21,60 @@ KIMI_K3_WRAPPER = "KimiK3MultiHeadLatentAttentionWrapper"
 """A subclass with a forward of its own, in a module that only its model imports."""
 
 
-def install() -> bool:
-    """Replace the class of MLA wrappers that vLLM makes from now on, once; False where somebody else has replaced it."""
+def install(replace: Callable[[Any], type] | None = None) -> bool:
+    """Replace the class of MLA wrappers that vLLM makes from now on, once; False where somebody else has replaced it.
+
+    replace(base): the class in place of `base`, which is marked as one of Ours; without it, one whose decode is fused.
+    """
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
     base: Any = MultiHeadLatentAttentionWrapper
     if WRAPPER in op_registry_oot:
-        return issubclass(op_registry_oot[WRAPPER], _Fused)
+        return issubclass(op_registry_oot[WRAPPER], Ours)
+    replace = replace or _fused
     announce_operator()
     _define_operator()
     subclasses = base.__subclasses__()
-    base.register_oot(_fused(base))
-    _adopt(*subclasses)
+    base.register_oot(replace(base))
+    _adopt(replace, *subclasses)
 
     # Kimi-K3's class may not be there yet, and its module is not ours to import: it brings the whole model.
     def adopt(cls: Any, /, **options: Any) -> None:
         super(base, cls).__init_subclass__(**options)
-        _adopt(cls)
+        _adopt(replace, cls)
 
     base.__init_subclass__ = classmethod(adopt)
     return True
 
 
-def _adopt(*classes: Any) -> None:
+def _adopt(replace: Callable[[Any], type], *classes: Any) -> None:
     """Replace Kimi-K3's wrapper, where it is one of these classes."""
     from vllm.model_executor.custom_op import op_registry_oot
 
     for cls in classes:
         if cls.__name__ == KIMI_K3_WRAPPER and KIMI_K3_WRAPPER not in op_registry_oot:
-            cls.register_oot(_fused(cls))
+            cls.register_oot(replace(cls))
 
 
-class _Fused:
+class Ours:
     """What marks our classes."""
+
+
+def prepare_weights(wrapper: Any) -> None:
+    """Have a wrapper's kernel and packed weights made where vLLM makes its own weights ready, as mla_attn.mlagen."""
+    attn, rotate = wrapper.mla_attn, _rotation(wrapper.rotary_emb)
+    process_weights = attn.process_weights_after_loading
+
+    @functools.wraps(process_weights)
+    def process_weights_after_loading(act_dtype: torch.dtype) -> None:
+        process_weights(act_dtype)
+        if getattr(attn, "mlagen", None) is not None:
+            attn.mlagen.repack(attn)
+        else:
+            attn.mlagen = prepare(wrapper, act_dtype, rotate)
+
+    attn.process_weights_after_loading = process_weights_after_loading
 
 
 def _fused(base: Any) -> type:
@@ -61,21 +82,10 @@ def _fused(base: Any) -> type:
     constant: Any = torch.compiler.assume_constant_result
     note_scaling = constant(_note_scaling)  # said when a graph is traced, and no part of it
 
-    class FusedWrapper(_Fused, base):
+    class FusedWrapper(Ours, base):
         def __init__(self, *args: Any, **options: Any) -> None:
             base.__init__(self, *args, **options)
-            attn, rotate = self.mla_attn, _rotation(self.rotary_emb)
-            process_weights = attn.process_weights_after_loading
-
-            @functools.wraps(process_weights)
-            def process_weights_after_loading(act_dtype: torch.dtype) -> None:
-                process_weights(act_dtype)
-                if getattr(attn, "mlagen", None) is not None:
-                    attn.mlagen.repack(attn)
-                else:
-                    attn.mlagen = prepare(self, act_dtype, rotate)
-
-            attn.process_weights_after_loading = process_weights_after_loading
+            prepare_weights(self)
 
         def forward(
             self,

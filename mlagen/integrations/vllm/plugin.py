@@ -11,12 +11,16 @@ TESTED = ("0.33.0",)
 GROUP = "vllm.general_plugins"
 
 
+IN_GRAPH = "graph"
+"""The value of MLAGEN_VLLM with which graphs are rewritten, and layers stay."""
+
+
 def switched_on() -> bool:
-    """What MLAGEN_VLLM says.  Raises RequestError for a value that is neither 0 nor 1."""
+    """What MLAGEN_VLLM says.  Raises RequestError for a value that is none of 0, 1 and graph."""
     text = os.environ.get("MLAGEN_VLLM", "")
-    if text not in ("", "0", "1"):
-        raise RequestError(f"MLAGEN_VLLM={text!r}: expected 0 or 1")
-    return text == "1"
+    if text not in ("", "0", "1", IN_GRAPH):
+        raise RequestError(f"MLAGEN_VLLM={text!r}: expected 0 or 1, or {IN_GRAPH}")
+    return text in ("1", IN_GRAPH)
 
 
 def is_tested(version: str) -> bool:
@@ -25,7 +29,7 @@ def is_tested(version: str) -> bool:
 
 
 def register() -> None:
-    """Let MLA layers that vLLM builds from now on decode through mlagen, if MLAGEN_VLLM=1 asks for it; otherwise do nothing.
+    """Let MLA layers that vLLM builds from now on decode through mlagen, if MLAGEN_VLLM asks for it; otherwise do nothing.
 
     Leaves vLLM as it is, with one warning, where its version was not tested, where another plugin has replaced the layer, or where
     the variable has another value.
@@ -40,7 +44,10 @@ def register() -> None:
     if not is_tested(version):
         _warn(f"vLLM {version} was not tested with this version of mlagen ({', '.join(TESTED)} was); vLLM stays as it is")
         return
-    from mlagen.integrations.vllm.layer import install
+    if os.environ["MLAGEN_VLLM"] == IN_GRAPH:
+        from mlagen.integrations.vllm.graph_route import install
+    else:
+        from mlagen.integrations.vllm.layer import install
 
     if not install():
         _warn("another plugin has replaced vLLM's MLA layer; vLLM stays as it is")
