@@ -123,8 +123,9 @@ def _replace(writer: Writer, site: Site) -> None:
         tokens = value_of(site.q).shape[0]
         rows = tokens if isinstance(tokens, int) else emit(torch.ops.aten.sym_size.int, site.q, 0)
         positions = emit(torch.ops.aten.empty.memory_format, [rows], dtype=torch.int64, device=value_of(site.q).device)
+    k_pe = site.k_pe if value_of(site.k_pe).dim() == 3 else emit(torch.ops.aten.unsqueeze.default, site.k_pe, 1)
     result = emit(
-        auto_functionalized, torch.ops.vllm.mlagen_mla_attention.default, q=site.q, kv_c_normed=site.kv_c, k_pe=site.k_pe,
+        auto_functionalized, torch.ops.vllm.mlagen_mla_attention.default, q=site.q, kv_c_normed=site.kv_c, k_pe=k_pe,
         positions=positions, output=site.output, layer_name=site.layer_name,
     )  # fmt: skip
     for user in list(site.node.users):

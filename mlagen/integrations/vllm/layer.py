@@ -156,6 +156,7 @@ def _rotation(rotary: Any) -> Any:
     return rotary.mlagen_rotation
 
 
+@functools.cache
 def _define_operator() -> None:
     """torch.ops.vllm.mlagen_mla_attention(q, kv_c_normed, k_pe, positions, output, layer_name), which writes q and output."""
     from vllm.compilation.breakable_cudagraph import eager_break_during_capture

@@ -1,7 +1,7 @@
 """One layer's decode in a graph of vLLM's: RoPE, the write of the cache's entries, and attention, as the stock wrapper calls them."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ OUTPUT = 1
 class Site:
     """A call of attention, `node`, and what comes before the rotation in front of it.
 
-    q: [T,H,P+R]; kv_c: [T,L]; k_pe: [T,1,R]; positions: [T], None without RoPE; output: [T,H*V], not written yet.
+    q: [T,H,P+R]; kv_c: [T,L]; k_pe: [T,1,R] or [T,R]; positions: [T], None without RoPE; output: [T,H*V], not written yet.
     """
 
     node: fx.Node
@@ -55,6 +55,11 @@ def layer_of(node: fx.Node) -> str | None:
     if not isinstance(name, str):
         raise Unreadable(f"{node.name}: a layer without a name")
     return name
+
+
+def is_input(node: object) -> bool:
+    """Whether a node is a parameter or a buffer, which the operator takes from the layer itself."""
+    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
 def node_value(node: fx.Node) -> Any:
@@ -92,26 +97,27 @@ def find_site(node: fx.Node, spec: PrologueSpec, table_shape: Sequence[int]) -> 
     values = Values(reader)
     written = _update(update, node, layer, kv_c, k_pe)
     t, h, p = (reader.variable(name) for name in "thp")
-    if other := used_elsewhere(written, [node]):
-        raise Unreadable(f"{node.name}: {other.name} is used elsewhere, too")
     if spec.rope_style == "none":
+        _check_inner(written, node)
         return Site(node, layer, q, kv_c, k_pe, None, output)
     nope = values.follow((q, (t, h, p)))
     q_turned = find_turned(values, q, (t, h), spec.nope_dim, spec.rope_dim)
     k_turned = find_turned(values, k_pe, (t, Index()), 0, spec.rope_dim)
-    _check_turned(node, spec, table_shape, q_turned, k_turned)
-    before = [nope[-1], *q_turned.before]
-    places = [(t, h, p), *((t, h, Index(spec.nope_dim + j)) for j in range(spec.rope_dim))]
-    whole_q = _holder(values, q, [each for each, _ in nope], before, places)
-    k_places = [(t, Index(), Index(j)) for j in range(spec.rope_dim)]
-    whole_k = _holder(values, k_pe, list(values.seen), k_turned.before, k_places)
+    _check_turned(values, node, spec, table_shape, q_turned, k_turned)
+    rope = [Index(j) for j in range(spec.rope_dim)]
+    q_before = {(t, h, p): nope[-1], **{(t, h, j + spec.nope_dim): place for j, place in zip(rope, q_turned.before, strict=True)}}
+    whole_q = _holder(values, q, [each for each, _ in nope], q_before)
+    passed = list(values.seen)
+    try:
+        whole_k = _holder(values, k_pe, passed, {(t, Index(), j): place for j, place in zip(rope, k_turned.before, strict=True)})
+    except Unreadable:  # vLLM's fused operator takes it without the middle dimension
+        whole_k = _holder(values, k_pe, passed, {(t, j): place for j, place in zip(rope, k_turned.before, strict=True)})
     odd = [each for each in values.casts if each not in (dtype, torch.float32)]
     if odd:
         raise Unreadable(f"{node.name}: passes through {odd[0]}")
     bounds = {whole_q, whole_k, kv_c, q_turned.positions, q_turned.table}
     inner = (frozenset(values.seen) | written) - behind(bounds)
-    if other := used_elsewhere(inner, [node]):
-        raise Unreadable(f"{node.name}: {other.name} is used elsewhere, too")
+    _check_inner(inner, node)
     return Site(node, layer, whole_q, kv_c, whole_k, q_turned.positions, output)
 
 
@@ -119,16 +125,19 @@ def _update(update: object, node: fx.Node, layer: object, kv_c: fx.Node, k_pe: f
     """The nodes that write the entries of the same layer, kv_c and k_pe."""
     if isinstance(update, fx.Node) and isinstance(update.target, OpOverload) and update.target.name() == UPDATE:
         given = [argument(update, place, name) for place, name in enumerate(("kv_c_normed", "k_pe", "layer_name"))]
-        if given[0] is kv_c and given[1] is k_pe and given[2] == layer:
+        if given[0] is kv_c and given[1] is k_pe and given[2] == layer and is_input(argument(update, 4, "k_scale")):
             return frozenset({update})
     elif isinstance(update, fx.Node) and is_call(update, operator.getitem) and update.args[1] == 0:
         found = functional_call(update.args[0])
-        if found is not None and found[0] == FUSED_UPDATE and found[1]["kv_c"] is kv_c and found[1]["layer_name"] == layer:
+        given = [found[1][name] for name in ("kv_c", "layer_name")] if found is not None and found[0] == FUSED_UPDATE else []
+        if found is not None and given and given[0] is kv_c and given[1] == layer and is_input(found[1]["kv_cache_scale"]):
             return frozenset({update, *update.all_input_nodes})
     raise Unreadable(f"{node.name}: no write of the entries that attention is given")
 
 
-def _check_turned(node: fx.Node, spec: PrologueSpec, table_shape: Sequence[int], q: Turned, k: Turned) -> None:
+def _check_turned(
+    values: Values, node: fx.Node, spec: PrologueSpec, table_shape: Sequence[int], q: Turned, k: Turned
+) -> None:  # fmt: skip
     if (q.style, q.table, q.positions) != (k.style, k.table, k.positions):
         raise Unreadable(f"{node.name}: query and key are not rotated alike")
     if q.style != spec.rope_style:
@@ -136,21 +145,28 @@ def _check_turned(node: fx.Node, spec: PrologueSpec, table_shape: Sequence[int],
     positions, tokens = value_of(q.positions), value_of(node.kwargs["q"]).shape[0]  # type: ignore[arg-type]
     if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32) or not may_be_same(positions.shape[0], tokens):
         raise Unreadable(f"{node.name}: positions {list(positions.shape)} of {positions.dtype}, expected [T] integers")
+    if not is_input(values.chain((q.table, (Index(), Index())))[-1][0]):
+        raise Unreadable(f"{node.name}: {q.table.name}, its table of cosines and sines, is computed in the graph")
     if list(value_of(q.table).shape) != list(table_shape):
         raise Unreadable(f"{node.name}: a table {list(value_of(q.table).shape)}, the layer's is {list(table_shape)}")
 
 
-def _holder(
-    values: Values, end: fx.Node, passed: Sequence[fx.Node], before: Sequence[Place], places: Sequence[tuple[Index, ...]]
-) -> fx.Node:
-    """The tensor, shaped as `end` and passed on the way to it, whose elements at `places` are those from before the rotation."""
-    wanted = value_of(end)
+def _check_inner(inner: frozenset[fx.Node], node: fx.Node) -> None:
+    if other := used_elsewhere(inner, [node]):
+        raise Unreadable(f"{node.name}: {other.name} is used elsewhere, too")
+
+
+def _holder(values: Values, end: fx.Node, passed: Sequence[fx.Node], before: Mapping[tuple[Index, ...], Place]) -> fx.Node:
+    """The tensor, as large as `end` and passed on the way to it, that holds what was there before the rotation.
+
+    before: for the index of each of its elements where that came from.
+    """
+    wanted, rank = value_of(end), len(next(iter(before)))
+    shape = wanted.shape if rank == wanted.dim() else (wanted.shape[0], wanted.shape[-1])
     for node in reversed(passed):
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype is not wanted.dtype or value.dim() != wanted.dim():
+        if not isinstance(value, torch.Tensor) or value.dtype is not wanted.dtype or value.dim() != rank:
             continue
-        if not all(map(same_extent, value.shape, wanted.shape)):
-            continue
-        if [values.chain((node, place))[-1] for place in places] == list(before):
+        if all(map(same_extent, value.shape, shape)) and all(values.chain((node, i))[-1] == place for i, place in before.items()):
             return node
     raise Unreadable(f"{end.name}: what it was before its rotation is no tensor of its shape")
