@@ -13,13 +13,13 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 import mlagen.fx
 from mlagen import __version__
-from mlagen.fx import FuseProloguePass, FusionConfig
+from mlagen.fx import FusionConfig
 from mlagen.fx.index import Unreadable
 from mlagen.fx.query import behind
 from mlagen.fx.reader import value_of
 from mlagen.fx.rewrite import Writer, finish
 from mlagen.integrations.vllm.log import logger
-from mlagen.integrations.vllm.site import OUTPUT, Site, find_site, layer_of
+from mlagen.integrations.vllm.site import OUTPUT, Site, find_site, is_dead, layer_of
 
 OURS_OUTPUT = 2
 """Which of a functional call's results is the output of our operator; before it comes the query, which it overwrites."""
@@ -57,8 +57,6 @@ class DecodePass:
         """config: vLLM's, whose MLA layers have their weights when a graph is compiled."""
         self.layers: dict[str, Any] = config.compilation_config.static_forward_context
         self.decode = decode_config(config)
-        # What a model writes with ordinary operators itself.  The range is vLLM's to tell: its symbols have no end.
-        self.fuse = FuseProloguePass(dataclasses.replace(self.decode, max_tokens=float("inf")))
 
     def is_applicable_for_range(self, compile_range: Any) -> bool:
         return bool(compile_range.end <= self.decode.token_limit)
@@ -80,16 +78,17 @@ class DecodePass:
                 calls.append((node, name))
         found = self._sites(calls)
         if found:
-            dropped = behind({site.node for site in found})
+            dropped = behind({site.node for site in found}) | {node for node in graph.nodes if is_dead(node)}
             writer = Writer(graph)
             for site in found:
                 _replace(writer, site)
             finish(graph, (node for node in dropped if node.op == "call_function"))
-        count = self.fuse(graph)
         logger().info(
-            "mlagen: in a graph for up to %d tokens decode of %d of %d MLA layers is fused%s",
-            self.decode.token_limit, len(found), len(calls), f", and {count} prologues of other operators" if count else "",
-        )  # fmt: skip
+            "mlagen: in a graph for up to %d tokens decode of %d of %d MLA layers is fused",
+            self.decode.token_limit,
+            len(found),
+            len(calls),
+        )
 
     def _sites(self, calls: list[tuple[fx.Node, str]]) -> list[Site]:
         kernels, found = kernels_of(self.layers), []

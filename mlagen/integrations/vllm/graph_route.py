@@ -88,5 +88,7 @@ def _unseen(compilation: Any) -> str | None:
         return "MLAGEN_VLLM=graph is for models that vLLM compiles (compilation mode 3); MLAGEN_VLLM=1 is for all"
     if not compilation.use_inductor_graph_partition and STOCK_OPERATOR in (compilation.splitting_ops or []):
         needs = "splitting_ops=[] or use_inductor_graph_partition=True"
-        return f"MLAGEN_VLLM=graph needs {needs} in vLLM's compilation config: graphs are split at attention; MLAGEN_VLLM=1 does not"
+        return (
+            f"MLAGEN_VLLM=graph needs {needs} in vLLM's compilation config: graphs are split at attention; MLAGEN_VLLM=1 does not"
+        )
     return None

@@ -151,8 +151,14 @@ def _check_turned(
         raise Unreadable(f"{node.name}: a table {list(value_of(q.table).shape)}, the layer's is {list(table_shape)}")
 
 
+def is_dead(node: fx.Node) -> bool:
+    """Whether nobody would miss a node: vLLM's own passes leave such ones behind."""
+    return node.op == "call_function" and not node.users and not node.is_impure()
+
+
 def _check_inner(inner: frozenset[fx.Node], node: fx.Node) -> None:
-    if other := used_elsewhere(inner, [node]):
+    dead = [user for each in inner for user in each.users if is_dead(user)]
+    if other := used_elsewhere(inner, [node, *dead]):
         raise Unreadable(f"{node.name}: {other.name} is used elsewhere, too")
 
 
