@@ -24,7 +24,7 @@ print(*(name for name in ("torch", "vllm", "numpy") if name in sys.modules))
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
 
 
-@pytest.mark.parametrize(("text", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
+@pytest.mark.parametrize(("text", "on"), [(None, False), ("", False), ("0", False), ("1", True), ("graph", True)])
 def test_the_switch(monkeypatch, text, on):
     if text is None:
         monkeypatch.delenv("MLAGEN_VLLM", raising=False)
@@ -35,7 +35,7 @@ def test_the_switch(monkeypatch, text, on):
 
 def test_another_value_is_refused(monkeypatch):
     monkeypatch.setenv("MLAGEN_VLLM", "true")
-    with pytest.raises(RequestError, match="MLAGEN_VLLM='true': expected 0 or 1"):
+    with pytest.raises(RequestError, match="MLAGEN_VLLM='true': expected 0 or 1, or graph"):
         plugin.switched_on()
 
 

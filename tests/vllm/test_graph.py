@@ -1,4 +1,4 @@
-"""MLAGEN_VLLM=graph: vLLM's graphs, compiled by its real backend and passes, with mlagen's operator in them where a decode may be."""
+"""MLAGEN_VLLM=graph: vLLM's graphs, compiled by its real backend, with mlagen's operator in them where a decode may be."""
 
 import functools
 from types import SimpleNamespace
@@ -239,11 +239,13 @@ def test_the_range_of_a_decode():
     from mlagen.integrations.vllm.graph import DecodePass
 
     compilation = SimpleNamespace(static_forward_context={})
-    for speculative in (0, 3):
+    for requests, speculative, end in ((8, 0, 8), (8, 3, 32), (1, 0, 2)):  # vLLM has no range of one token
         config = SimpleNamespace(
-            compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=8), num_speculative_tokens=speculative
+            compilation_config=compilation,
+            scheduler_config=SimpleNamespace(max_num_seqs=requests),
+            num_speculative_tokens=speculative,
         )
-        decode, end = DecodePass(config), 8 * (1 + speculative)
+        decode = DecodePass(config)
         assert decode.is_applicable_for_range(Range(1, end))
         assert decode.is_applicable_for_range(Range(end, end))
         assert not decode.is_applicable_for_range(Range(1, end + 1))
@@ -326,7 +328,7 @@ def replaced_nodes(decode, copied):
 
 
 def test_a_change_of_any_number_on_the_way_is_seen(caught):
-    """Each operand of each node that goes is negated, one at a time: that layer stays, or what is negated goes into the operator."""
+    """Each operand of each node that goes is negated, one at a time: the layer stays, or the operator gets what is negated."""
     from mlagen.fx.query import behind
 
     decode, copied = caught

@@ -1,6 +1,5 @@
 """The pass over vLLM's graphs that has mlagen's operator in place of RoPE, cache write and attention of each MLA layer."""
 
-import dataclasses
 import functools
 import hashlib
 import operator
@@ -13,7 +12,6 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 import mlagen.fx
 from mlagen import __version__
-from mlagen.fx import FusionConfig
 from mlagen.fx.index import Unreadable
 from mlagen.fx.query import behind
 from mlagen.fx.reader import value_of
@@ -56,14 +54,14 @@ class DecodePass:
     def __init__(self, config: Any) -> None:
         """config: vLLM's, whose MLA layers have their weights when a graph is compiled."""
         self.layers: dict[str, Any] = config.compilation_config.static_forward_context
-        self.decode = decode_config(config)
+        self.limit = decode_limit(config)
 
     def is_applicable_for_range(self, compile_range: Any) -> bool:
-        return bool(compile_range.end <= self.decode.token_limit)
+        return bool(compile_range.end <= self.limit)
 
     def uuid(self) -> str:
         """What a compiled graph depends on: the sources, the settings, and which layers have which kernel."""
-        settings = dataclasses.astuple(self.decode), sorted(kernels_of(self.layers).items())
+        settings = self.limit, sorted(kernels_of(self.layers).items())
         return hashlib.sha256(f"{source_digest()} {settings}".encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -85,7 +83,7 @@ class DecodePass:
             finish(graph, (node for node in dropped if node.op == "call_function"))
         logger().info(
             "mlagen: in a graph for up to %d tokens decode of %d of %d MLA layers is fused",
-            self.decode.token_limit,
+            self.limit,
             len(found),
             len(calls),
         )
@@ -108,11 +106,9 @@ class DecodePass:
         return found
 
 
-def decode_config(config: Any) -> FusionConfig:
-    """What a decode step of a model with this config of vLLM's may have at most."""
-    return FusionConfig(
-        enabled=True, max_num_seqs=config.scheduler_config.max_num_seqs, num_speculative_tokens=config.num_speculative_tokens
-    )
+def decode_limit(config: Any) -> int:
+    """The largest number of tokens of a decode step of a model with this config of vLLM's, which has no range of one token."""
+    return max(2, int(config.scheduler_config.max_num_seqs) * (1 + int(config.num_speculative_tokens)))
 
 
 def _replace(writer: Writer, site: Site) -> None:

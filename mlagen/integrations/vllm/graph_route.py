@@ -1,13 +1,13 @@
 """The other way into vLLM, MLAGEN_VLLM=graph: the wrapper's forward stays, and a pass rewrites its graph where a decode may be.
 
-A graph has all that the pass needs where vLLM does not split it at attention: splitting_ops=[] or use_inductor_graph_partition=True.
+A graph has what the pass needs where vLLM does not split it at attention: splitting_ops=[] or use_inductor_graph_partition=True.
 """
 
 import functools
 import hashlib
 from typing import Any
 
-from mlagen.integrations.vllm.graph import DecodePass, decode_config, kernels_of, source_digest
+from mlagen.integrations.vllm.graph import DecodePass, decode_limit, kernels_of, source_digest
 from mlagen.integrations.vllm.layer import Ours, prepare_weights
 from mlagen.integrations.vllm.layer import install as install_layer
 from mlagen.integrations.vllm.log import stand_aside
@@ -15,7 +15,7 @@ from mlagen.integrations.vllm.splitting import STOCK_OPERATOR
 
 
 def install() -> bool:
-    """Prepare the layers that vLLM makes from now on, and add the pass to its own, once; False where somebody else has the layer."""
+    """Prepare layers that vLLM makes from now on, and add the pass to its own, once; False where somebody else has the layer."""
     if not install_layer(_prepared):
         return False
     add_pass()
@@ -47,7 +47,7 @@ def add_pass() -> None:
 
     @functools.wraps(set_ranges)
     def set_compile_ranges(self: Any) -> None:
-        limit, ends = decode_config(self).token_limit, self.compilation_config.compile_ranges_endpoints or []
+        limit, ends = decode_limit(self), self.compilation_config.compile_ranges_endpoints or []
         if limit not in ends:
             self.compilation_config.compile_ranges_endpoints = [*ends, limit]
         set_ranges(self)
@@ -65,7 +65,7 @@ def add_pass() -> None:
 def _prepared(base: Any) -> type:
     """The wrapper class that takes the place of `base`: the same, but that its weights are there in mlagen's order, too."""
 
-    class PreparedWrapper(Ours, base):
+    class PreparedWrapper(Ours, base):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             from vllm.config import get_current_vllm_config
 

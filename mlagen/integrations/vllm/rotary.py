@@ -1,4 +1,4 @@
-"""RoPE in a graph of vLLM's: written in ordinary operators, or one operator that turns query and key, and may write the cache too."""
+"""RoPE in a graph of vLLM's: in ordinary operators, or one operator that turns query and key, and may write the cache, too."""
 
 import operator
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def find_turned(values: Values, node: fx.Node, rows: tuple[Index, Index], first:
 
     Raises Unreadable.
     """
-    columns = [(node, (*rows, Index(first + j))) for j in range(width)]
+    columns: list[Place] = [(node, (*rows, Index(first + j))) for j in range(width)]
     if is_call(values.reader.source(*columns[0])[0], operator.getitem):
         return _by_operator(values, columns)
     return _by_products(values, columns)
@@ -97,7 +97,8 @@ def _looked_up(rotation: Rotation) -> tuple[fx.Node, fx.Node]:
 
 def _by_operator(values: Values, columns: list[Place]) -> Turned:
     result = values.reader.source(*columns[0])[0]
-    turning, number = result.args[0], result.args[1]
+    turning: Any = result.args[0]
+    number: Any = result.args[1]
     found = functional_call(turning)
     if found is None or found[0] not in TURNS or number not in (1, 2):
         raise Unreadable(f"{columns[0][0].name}: what {result.name} is rotated by is not known")

@@ -1,7 +1,7 @@
-"""One layer's decode in a graph of vLLM's: RoPE, the write of the cache's entries, and attention, as the stock wrapper calls them."""
+"""A layer's decode in a graph of vLLM's: RoPE, the write of the cache's entries, and attention, as the stock wrapper has them."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,14 +104,16 @@ def find_site(node: fx.Node, spec: PrologueSpec, table_shape: Sequence[int]) -> 
     q_turned = find_turned(values, q, (t, h), spec.nope_dim, spec.rope_dim)
     k_turned = find_turned(values, k_pe, (t, Index()), 0, spec.rope_dim)
     _check_turned(values, node, spec, table_shape, q_turned, k_turned)
-    rope = [Index(j) for j in range(spec.rope_dim)]
-    q_before = {(t, h, p): nope[-1], **{(t, h, j + spec.nope_dim): place for j, place in zip(rope, q_turned.before, strict=True)}}
-    whole_q = _holder(values, q, [each for each, _ in nope], q_before)
+    columns = [Index(j) for j in range(spec.rope_dim)]
+    rotary = [((t, h, j + spec.nope_dim), place) for j, place in zip(columns, q_turned.before, strict=True)]
+    whole_q = _holder(values, q, [each for each, _ in nope], [((t, h, p), nope[-1]), *rotary])
     passed = list(values.seen)
     try:
-        whole_k = _holder(values, k_pe, passed, {(t, Index(), j): place for j, place in zip(rope, k_turned.before, strict=True)})
+        whole_k = _holder(
+            values, k_pe, passed, [((t, Index(), j), place) for j, place in zip(columns, k_turned.before, strict=True)]
+        )
     except Unreadable:  # vLLM's fused operator takes it without the middle dimension
-        whole_k = _holder(values, k_pe, passed, {(t, j): place for j, place in zip(rope, k_turned.before, strict=True)})
+        whole_k = _holder(values, k_pe, passed, [((t, j), place) for j, place in zip(columns, k_turned.before, strict=True)])
     odd = [each for each in values.casts if each not in (dtype, torch.float32)]
     if odd:
         raise Unreadable(f"{node.name}: passes through {odd[0]}")
@@ -123,7 +125,8 @@ def find_site(node: fx.Node, spec: PrologueSpec, table_shape: Sequence[int]) -> 
 
 def _update(update: object, node: fx.Node, layer: object, kv_c: fx.Node, k_pe: fx.Node) -> frozenset[fx.Node]:
     """The nodes that write the entries of the same layer, kv_c and k_pe."""
-    if isinstance(update, fx.Node) and isinstance(update.target, OpOverload) and update.target.name() == UPDATE:
+    target: Any = update.target if isinstance(update, fx.Node) else None
+    if isinstance(update, fx.Node) and isinstance(target, OpOverload) and str(target.name()) == UPDATE:  # type: ignore[no-untyped-call]
         given = [argument(update, place, name) for place, name in enumerate(("kv_c_normed", "k_pe", "layer_name"))]
         if given[0] is kv_c and given[1] is k_pe and given[2] == layer and is_input(argument(update, 4, "k_scale")):
             return frozenset({update})
@@ -162,17 +165,17 @@ def _check_inner(inner: frozenset[fx.Node], node: fx.Node) -> None:
         raise Unreadable(f"{node.name}: {other.name} is used elsewhere, too")
 
 
-def _holder(values: Values, end: fx.Node, passed: Sequence[fx.Node], before: Mapping[tuple[Index, ...], Place]) -> fx.Node:
+def _holder(values: Values, end: fx.Node, passed: Sequence[fx.Node], before: Sequence[tuple[tuple[Index, ...], Place]]) -> fx.Node:
     """The tensor, as large as `end` and passed on the way to it, that holds what was there before the rotation.
 
-    before: for the index of each of its elements where that came from.
+    before: each of its indices, and where that element came from.
     """
-    wanted, rank = value_of(end), len(next(iter(before)))
+    wanted, rank = value_of(end), len(before[0][0])
     shape = wanted.shape if rank == wanted.dim() else (wanted.shape[0], wanted.shape[-1])
     for node in reversed(passed):
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dtype is not wanted.dtype or value.dim() != rank:
             continue
-        if all(map(same_extent, value.shape, shape)) and all(values.chain((node, i))[-1] == place for i, place in before.items()):
+        if all(map(same_extent, value.shape, shape)) and all(values.chain((node, i))[-1] == place for i, place in before):
             return node
     raise Unreadable(f"{end.name}: what it was before its rotation is no tensor of its shape")
