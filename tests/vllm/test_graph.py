@@ -207,6 +207,14 @@ def test_a_layer_without_a_kernel_is_left_alone(compiled, build, toy, monkeypatc
     assert only.python_code("self").src == text
 
 
+def test_a_table_in_fp32_stays(compiled, build, toy):
+    """vLLM's RoPE rounds to the model's dtype only where the query is written then, and its k_pe stays in fp32."""
+    stock, ours = (compiled(plugin=plugin, fp32_table=True) for plugin in (False, True))
+    batch = toy.Batch(*DECODES[0])
+    assert torch.equal(stock.run(batch), ours.run(batch))
+    assert not build.decodes
+
+
 def test_what_a_compiled_graph_depends_on(compiled, monkeypatch):
     from mlagen.integrations.vllm import graph
 

@@ -66,6 +66,20 @@ def test_on_and_loaded_twice():
     assert ARCH in line
 
 
+@pytest.mark.host
+def test_on_in_graphs():
+    """The layer's forward is vLLM's, and its weights are there."""
+    options = "Options(mode=3, config={'splitting_ops': []})"
+    facts = "type(model.module.layers[0]).forward is vllm_toy.MultiHeadLatentAttentionWrapper.forward"
+    weights = "[each.mlagen is not None for each in model.attentions]"
+    ends = "model.config.compilation_config.compile_ranges_endpoints, model.config.scheduler_config.max_num_seqs"
+    program = PROGRAM.replace("Options()", options) + f"print({facts}, {weights}, {ends})\n"
+    printed, said = run(program, MLAGEN_VLLM="graph")
+    assert printed[-2].startswith("MlagenMultiHeadLatentAttentionWrapper ['MultiHeadLatentAttentionWrapper'] ")
+    assert printed[-1] == "True [True, True] [128, 2048] 128"
+    assert len(said) == 1
+
+
 def test_a_version_that_was_not_tested():
     program = "from mlagen.integrations.vllm import plugin; plugin.TESTED = ('0.32.0',)\n" + PROGRAM
     printed, said = run(program, MLAGEN_VLLM="1")

@@ -35,9 +35,11 @@ def source_digest() -> str:
 
 def kernels_of(layers: dict[str, Any]) -> dict[str, str | None]:
     """For each MLA layer of these the kernel that its decode has, as text, None where it has none."""
+    found: dict[str, str | None] = {}
+    if not layers:  # a config before its model, in a process that may have no use for what is imported here
+        return found
     from vllm.model_executor.layers.attention import MLAAttention
 
-    found = {}
     for name, layer in layers.items():
         if isinstance(layer, MLAAttention):
             prologue = getattr(layer, "mlagen", None)
@@ -81,12 +83,9 @@ class DecodePass:
             for site in found:
                 _replace(writer, site)
             finish(graph, (node for node in dropped if node.op == "call_function"))
-        logger().info(
-            "mlagen: in a graph for up to %d tokens decode of %d of %d MLA layers is fused",
-            self.limit,
-            len(found),
-            len(calls),
-        )
+        if calls:
+            text = "mlagen: in a graph for up to %d tokens decode of %d of %d MLA layers is fused"
+            logger().info(text, self.limit, len(found), len(calls))
 
     def _sites(self, calls: list[tuple[fx.Node, str]]) -> list[Site]:
         kernels, found = kernels_of(self.layers), []
