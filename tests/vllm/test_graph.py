@@ -103,6 +103,17 @@ def count(graph, name):
     return text.count(f"ops.{name}.default")
 
 
+def check_graphs(graphs):
+    """Of a model of the graph route, for its two ranges."""
+    inside, outside = graphs[MAX_SEQS], graphs[max(graphs)]
+    assert "vllm.unified_mla" not in inside
+    assert inside.count(f"{OURS}.default") == 2
+    for rotation in ("aten.index.Tensor", "aten.index_select", "_C.rotary_embedding", "slice_scatter", "aten.neg"):
+        assert rotation not in inside, "nothing of the rotation is left"
+    assert "mlagen" not in outside
+    assert (outside.count(f"{STOCK}.default"), outside.count(f"{UPDATE}.default")) == (2, 2)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_batches_of_each_kind(compiled, build, toy, name):
     """The graph looks at a batch when it runs: what is no decode is stock's bit for bit, in the range of a decode, too."""
@@ -114,6 +125,7 @@ def test_batches_of_each_kind(compiled, build, toy, name):
         for one, other in zip(stock.caches, ours.caches, strict=True):
             assert torch.equal(one, other)
     assert not build.decodes
+    check_graphs(compiled.graphs)
     for number, batch in enumerate((toy.Batch(*DECODES[0]), toy.Batch(*DECODES[0], padding=2), toy.Batch(*DECODES[1])), 1):
         expected, found = stock.run(batch)[: batch.tokens], ours.run(batch)[: batch.tokens]
         assert (expected.float() - found.float()).abs().max() <= 8 * 2**-7 * expected.float().abs().max()
@@ -124,20 +136,6 @@ def test_batches_of_each_kind(compiled, build, toy, name):
         assert (before - after).abs().max() <= 1, (
             "Inductor's RoPE keeps fp32 to its end, and rounds once more than ours: the next code"
         )
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_what_a_graph_has_and_has_not(compiled, toy, monkeypatch, name):
-    found = passes_of(monkeypatch)
-    compiled(*MODELS[name]).run(toy.Batch(*DECODES[0]))
-    ((_, before),) = found
-    assert (count(before, UPDATE), count(before, OURS)) == (2, 0)
-    inside, outside = compiled.graphs[MAX_SEQS], compiled.graphs[max(compiled.graphs)]
-    assert "vllm.unified_mla" not in inside
-    assert inside.count("vllm.mlagen_mla_attention.default") == 2
-    for rotation in ("aten.index.Tensor", "aten.index_select", "_C.rotary_embedding", "slice_scatter", "aten.neg"):
-        assert rotation not in inside, "nothing of the rotation is left"
-    assert "mlagen" not in outside
 
 
 def test_a_graph_outside_the_range_is_stocks(compiled, toy):
@@ -446,4 +444,4 @@ def test_a_layer_of_another_kind(caught, monkeypatch, other):
     table = SimpleNamespace(cos_sin_cache=SimpleNamespace(shape=shape))
     monkeypatch.setattr(decode.layers[name], "mlagen", SimpleNamespace(kernel=SimpleNamespace(spec=spec), rotary=table))
     reason = left_alone(decode, copied(), monkeypatch)
-    assert {"style": "rotated as", "table": "a table", "sizes": "expected [T"}[other] in reason
+    assert {"style": "rotated as", "table": "a table", "sizes": "expected ['T'"}[other] in reason

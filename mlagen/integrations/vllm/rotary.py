@@ -59,16 +59,16 @@ def find_turned(values: Values, node: fx.Node, rows: tuple[Index, Index], first:
     columns: list[Place] = [(node, (*rows, Index(first + j))) for j in range(width)]
     if is_call(values.reader.source(*columns[0])[0], operator.getitem):
         return _by_operator(values, columns)
-    return _by_products(values, columns)
+    return _by_products(values, columns, rows[0])
 
 
-def _by_products(values: Values, columns: list[Place]) -> Turned:
+def _by_products(values: Values, columns: list[Place], token: Index) -> Turned:
     name, terms = columns[0][0].name, [values.terms(place) for place in columns]
     rotation = find_rotation(terms, _is_looked_up)
     if rotation is None:
         raise Unreadable(f"{name}: its last {len(columns)} columns are not rotated in a known way")
     values.record_turned(terms, _is_looked_up)
-    table, positions = _looked_up(rotation)
+    table, positions = _looked_up(rotation, token)
     return Turned(rotation.style, table, positions, tuple(factor.chain[-1] for factor in rotation.x))
 
 
@@ -76,12 +76,12 @@ def _is_looked_up(factor: Factor) -> bool:
     return is_gather(factor.chain[-1][0])
 
 
-def _looked_up(rotation: Rotation) -> tuple[fx.Node, fx.Node]:
+def _looked_up(rotation: Rotation, token: Index) -> tuple[fx.Node, fx.Node]:
     """The table whose first half of columns are the cosines and whose second half the sines, and its rows."""
     gather = rotation.cos[0].chain[-1][0]
     for column, factor in enumerate((*rotation.cos, *rotation.sin)):
         node, index = factor.chain[-1]
-        if factor.part is not None or node is not gather or index != (Index(0, (("t", 1),)), Index(column)):
+        if factor.part is not None or node is not gather or index != (token, Index(column)):
             raise Unreadable(f"{gather.name}: cosines and sines that are not the two halves of one row for each token")
     place, name = (2, "index") if gather.target is aten.index_select.default else (1, "indices")
     rows = argument(gather, place, name)

@@ -92,7 +92,7 @@ def find_site(node: fx.Node, spec: PrologueSpec, table_shape: Sequence[int]) -> 
     for name, (each, shape) in wanted.items():
         value = value_of(each)
         if value.dtype is not dtype or value.shape[1:] != shape or not may_be_same(value.shape[0], tokens):
-            raise Unreadable(f"{node.name}: {name} {list(value.shape)} of {value.dtype}, expected [T, {shape}] of {dtype}")
+            raise Unreadable(f"{node.name}: {name} {list(value.shape)} of {value.dtype}, expected {['T', *shape]} of {dtype}")
     reader = Reader({"t": tokens if isinstance(tokens, int) else None, "h": spec.heads, "p": spec.nope_dim})
     values = Values(reader)
     written = _update(update, node, layer, kv_c, k_pe)
