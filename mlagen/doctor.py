@@ -223,7 +223,7 @@ def _vllm() -> Finding:
         remedy = "unset VLLM_PLUGINS, or name mlagen in it"
         return Finding(name, False, f"vLLM {version} leaves mlagen out: VLLM_PLUGINS={allowed}", remedy, facts)
     try:
-        facts["on"] = vllm_plugin.is_wanted({})
+        facts["on"] = vllm_plugin.route_of({}) is not None
     except RequestError as error:
         return Finding(name, False, f"vLLM {version}, mlagen is off", str(error), {**facts, "on": False})
     detail = "on; its log says for each model whether decode is fused" if facts["on"] else "off; MLAGEN_VLLM=1 switches it on"

@@ -2,7 +2,7 @@
 
 become(arch) comes before anything of vLLM is imported, once a process.  Three things are made up, and nothing of vLLM's Python
 code: amdsmi, which tells the architecture; the platform's device; and the C++ operators that vLLM names while it is imported, of
-which only the one that writes the cache computes something.
+which only those compute something that write the cache and rotate.
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch
 
 NAMED = (
     *("rms_norm", "rms_norm_static_fp8_quant", "rms_norm_dynamic_per_token_quant", "rms_norm_per_block_quant"),
-    *("fused_add_rms_norm", "fused_add_rms_norm_static_fp8_quant", "fused_qk_norm_rope", "rotary_embedding"),
+    *("fused_add_rms_norm", "fused_add_rms_norm_static_fp8_quant", "fused_qk_norm_rope"),
     *("silu_and_mul", "silu_and_mul_quant", "silu_and_mul_nvfp4_quant", "silu_and_mul_per_block_quant"),
     *("static_scaled_fp8_quant", "dynamic_scaled_fp8_quant", "dynamic_per_token_scaled_fp8_quant", "per_token_group_fp8_quant"),
     *("scaled_fp4_quant", "scaled_fp4_quant.out"),
@@ -30,6 +30,12 @@ CACHE_WRITE = (
     "bool skip_scale=False) -> ()"
 )
 
+ROTATION = (
+    "rotary_embedding(Tensor positions, Tensor! query, Tensor!? key, int head_size, Tensor cos_sin_cache, bool is_neox, "
+    "int rope_dim_offset=0, bool inverse=False) -> ()"
+)
+"""Which vLLM calls where its RoPE is an operator."""
+
 _LIBRARIES = []
 """They undo their definitions when they go."""
 
@@ -41,6 +47,8 @@ def become(arch: str) -> None:
     named, cache = (torch.library.Library(namespace, "FRAGMENT") for namespace in ("_C", "_C_cache_ops"))
     for name in NAMED:
         named.define(f"{name}() -> ()")
+    named.define(ROTATION)
+    named.impl("rotary_embedding", rotary_embedding, "CPU")
     cache.define(CACHE_WRITE)
     cache.impl("concat_and_cache_mla", concat_and_cache_mla, "CPU")
     cache.define(ROPE_AND_CACHE_WRITE)
@@ -111,3 +119,12 @@ def concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, sca
     kept = slot_mapping >= 0
     slots, block_size = slot_mapping[kept], kv_cache.shape[1]
     kv_cache[slots // block_size, slots % block_size] = rows[kept].to(kv_cache.dtype)
+
+
+def rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox):
+    """What vLLM's C++ operator does, by its Python code for it."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    turned = RotaryEmbedding.forward_static(positions, query, key, head_size, head_size, cos_sin_cache, is_neox)
+    query.copy_(turned[0])
+    key.copy_(turned[1])

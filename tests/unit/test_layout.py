@@ -42,13 +42,13 @@ LAYERS = (
     Layer("cache_layout", "cache_layout", "spec torch"),
     Layer("arguments", "arguments signature quantization", "cache_layout"),
     Layer("runtime", "template_cache binaries packed_weights plan runtime", "codegen binaries arguments"),  # joins both
-    Layer("integrations", "integrations", "runtime"),  # under other libraries' names
     Layer("oracle", "reference", "spec torch"),  # knows nothing of how a kernel does it
     Layer("verify", "verify", "runtime oracle"),
     Layer("timing", "timing", "verify"),  # one way to time: a kernel, a floor
     Layer("peers", "peers", "timing"),  # what a kernel is timed beside
     Layer("ops", "ops", "peers"),
     Layer("fx", "fx", "ops"),  # graphs that are given, rewritten to call the operators
+    Layer("integrations", "integrations", "fx"),  # under other libraries' names
     Layer(
         "top",
         "__init__ __main__ build bench tune doctor cli cli_bench cli_files cli_options cli_tools cli_tune",

@@ -7,6 +7,7 @@ import pytest
 
 from mlagen.errors import RequestError
 from mlagen.integrations.vllm import plugin
+from mlagen.integrations.vllm.plugin import IN_GRAPH, IN_LAYER
 
 
 def test_register_imports_nothing_while_it_is_off():
@@ -22,38 +23,45 @@ print(*(name for name in ("torch", "vllm", "numpy") if name in sys.modules))
 
 
 @pytest.mark.parametrize(
-    ("text", "asked", "wanted"),
+    ("text", "asked", "route"),
     [
-        (None, {}, False),
-        ("", {}, False),
-        ("0", {}, False),
-        ("1", {}, True),
-        (None, {"mlagen": True}, True),
-        ("", {"mlagen": True}, True),
-        ("config", {"mlagen": True}, True),
-        ("config", {"other": True}, False),
-        ("1", {"mlagen": False}, False),
-        ("0", {"mlagen": True}, False),
-        ("1", object(), True),
+        (None, {}, None),
+        ("", {}, None),
+        ("0", {}, None),
+        ("1", {}, IN_LAYER),
+        ("graph", {}, IN_GRAPH),
+        (None, {"mlagen": True}, IN_LAYER),
+        ("", {"mlagen": True}, IN_LAYER),
+        ("", {"mlagen": "graph"}, IN_GRAPH),
+        ("config", {"mlagen": True}, IN_LAYER),
+        ("config", {"mlagen": "graph"}, IN_GRAPH),
+        ("config", {"other": True}, None),
+        ("1", {"mlagen": False}, None),
+        ("1", {"mlagen": "graph"}, IN_GRAPH),
+        ("graph", {"mlagen": True}, IN_GRAPH),
+        ("graph", {"mlagen": False}, None),
+        ("0", {"mlagen": True}, None),
+        ("0", {"mlagen": "graph"}, None),
+        ("1", object(), IN_LAYER),
     ],
 )
-def test_the_switch(monkeypatch, text, asked, wanted):
+def test_the_switch(monkeypatch, text, asked, route):
     """A model's configuration comes before the variable, but for its 0."""
     if text is None:
         monkeypatch.delenv("MLAGEN_VLLM", raising=False)
     else:
         monkeypatch.setenv("MLAGEN_VLLM", text)
-    assert plugin.is_wanted(asked) is wanted
+    assert plugin.route_of(asked) == route
 
 
 def test_other_values_are_refused(monkeypatch):
     monkeypatch.setenv("MLAGEN_VLLM", "true")
-    with pytest.raises(RequestError, match="MLAGEN_VLLM='true': expected 0 or 1"):
+    with pytest.raises(RequestError, match="MLAGEN_VLLM='true': expected 0 or 1, or graph"):
         plugin.variable()
     monkeypatch.setenv("MLAGEN_VLLM", "1")
     for value in (1, 0, "true", 1.0):
-        with pytest.raises(RequestError, match=f"mlagen is {value!r}, expected true or false"):
-            plugin.is_wanted({"mlagen": value})
+        with pytest.raises(RequestError, match=f"mlagen is {value!r}, expected true, false or 'graph'"):
+            plugin.route_of({"mlagen": value})
 
 
 @pytest.mark.parametrize(

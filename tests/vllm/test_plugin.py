@@ -47,7 +47,7 @@ def run(program=PROGRAM, additional=None, **variables):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLAGEN_VLLM", "VLLM_"))}
     path = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT)))}
     command = [sys.executable, "-c", program, ARCH, repr(additional or {})]
-    done = subprocess.run(command, env={**kept, **path, **variables}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env={**kept, **path, **variables}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), [line for line in (done.stdout + done.stderr).splitlines() if "mlagen:" in line]
 
@@ -138,7 +138,7 @@ def test_a_models_configuration_says_no():
 def test_a_configuration_with_another_value(variables):
     _, said = run(additional={"mlagen": "yes"}, **variables)
     (line,) = said
-    assert "additional_config: mlagen is 'yes', expected true or false" in line
+    assert "additional_config: mlagen is 'yes', expected true, false or 'graph'" in line
 
 
 @pytest.mark.parametrize("variables", [{}, {"MLAGEN_VLLM": "1"}])
@@ -146,6 +146,32 @@ def test_loading_it_imports_none_of_vllms_layers(variables):
     """Processes that pass requests on, or that have yet to fork, have no use for them."""
     printed, _ = run(LIGHT, **variables)
     assert printed[-1] == "[]"
+
+
+IN_GRAPHS = (
+    PROGRAM.replace("Options(", "Options(mode=3, config={'splitting_ops': []}, ")
+    + """
+print([each.decodes_in_layer for each in model.module.layers], [each.mlagen.fits for each in model.attentions])
+print(model.config.compilation_config.compile_ranges_endpoints, model.config.scheduler_config.max_num_seqs)
+"""
+)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"MLAGEN_VLLM": "graph"},
+        {"additional": {"mlagen": "graph"}},
+        {"MLAGEN_VLLM": "1", "additional": {"mlagen": "graph"}},
+    ],
+)
+def test_on_in_graphs(switch):
+    """The layer calls what vLLM's calls, and its weights are there."""
+    printed, said = run(IN_GRAPHS, **switch)
+    assert printed[-3].startswith("MlagenMultiHeadLatentAttentionWrapper ['MultiHeadLatentAttentionWrapper'] ")
+    assert printed[-2:] == ["[False, False] [True, True]", "[128, 2048] 128"]
+    assert len(said) == 2
 
 
 def test_a_version_that_was_not_tested():
@@ -161,7 +187,7 @@ def test_a_value_that_is_none():
     printed, said = run(MLAGEN_VLLM="yes")
     assert printed[-1].startswith("MultiHeadLatentAttentionWrapper [] ")
     (line,) = said
-    assert "MLAGEN_VLLM='yes': expected 0 or 1" in line
+    assert "MLAGEN_VLLM='yes': expected 0 or 1, or graph" in line
 
 
 def test_another_plugin_was_first():
@@ -193,4 +219,4 @@ assert "vllm" not in sys.modules and "torch" not in sys.modules
     assert run(program, MLAGEN_VLLM="1", VLLM_PLUGINS="a,b")[0] == [
         "False vLLM 0.33.0 leaves mlagen out: VLLM_PLUGINS=a,b | unset VLLM_PLUGINS, or name mlagen in it"
     ]
-    assert run(program, MLAGEN_VLLM="yes")[0] == ["False vLLM 0.33.0, mlagen is off | MLAGEN_VLLM='yes': expected 0 or 1"]
+    assert run(program, MLAGEN_VLLM="yes")[0] == ["False vLLM 0.33.0, mlagen is off | MLAGEN_VLLM='yes': expected 0 or 1, or graph"]

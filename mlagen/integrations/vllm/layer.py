@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from mlagen.errors import RequestError
+from mlagen.integrations.vllm.graph_route import add_pass, why_unseen
 from mlagen.integrations.vllm.log import stand_aside
-from mlagen.integrations.vllm.plugin import is_wanted
+from mlagen.integrations.vllm.plugin import IN_GRAPH, IN_LAYER, route_of
 from mlagen.integrations.vllm.prologue import Prologue
 from mlagen.integrations.vllm.splitting import OPERATOR
 
@@ -24,9 +25,13 @@ def fused(base: Any) -> type:
     class FusedWrapper(base):
         def __init__(self, *args: Any, **options: Any) -> None:
             base.__init__(self, *args, **options)
-            if not _is_wanted(self.mla_attn):
-                return
             attn = self.mla_attn
+            route = _route_of(attn)
+            if route is None:
+                return
+            self.decodes_in_layer = route == IN_LAYER
+            if route == IN_GRAPH:
+                add_pass()  # in a process that got the configuration ready-made nobody has
             attn.mlagen = Prologue(self, _rotation(self.rotary_emb))
             process_weights = attn.process_weights_after_loading
 
@@ -47,7 +52,7 @@ def fused(base: Any) -> type:
         ) -> torch.Tensor:
             wrapper: Any = self
             prologue = getattr(self.mla_attn, "mlagen", None)
-            if prologue is not None and prologue.fits:
+            if prologue is not None and prologue.fits and self.decodes_in_layer:
                 wrapper, llama_4_scaling = _Unrotated(self, positions, llama_4_scaling), None
             found: torch.Tensor = base.forward(wrapper, positions, hidden_states, llama_4_scaling, *args, **options)
             return found
@@ -56,13 +61,18 @@ def fused(base: Any) -> type:
     return FusedWrapper
 
 
-def _is_wanted(attn: Any) -> bool:
-    """Whether the configuration of this layer's model leaves the plugin on."""
+def _route_of(attn: Any) -> str | None:
+    """How this layer shall decode by its model's configuration; where that cannot be, None and a word in the log."""
+    config = attn._vllm_config
     try:
-        return is_wanted(attn._vllm_config.additional_config)
-    except RequestError as error:
-        stand_aside(attn.layer_name, str(error))
-        return False
+        route = route_of(config.additional_config)
+    except RequestError:
+        return None  # which was said when the configuration was made
+    reason = why_unseen(config.compilation_config) if route == IN_GRAPH else None
+    if reason is not None:
+        stand_aside(attn.layer_name, reason)
+        return None
+    return route
 
 
 class _Unrotated:

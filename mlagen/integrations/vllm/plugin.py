@@ -18,27 +18,37 @@ CONFIG = "config"
 """What VARIABLE is in a process, and in those that it starts, once a model's configuration has asked for the plugin."""
 
 KEY = "mlagen"
-"""What a model's configuration asks with, in vLLM's --additional-config: true or false."""
+"""What a model's configuration asks with, in vLLM's --additional-config: true, false or IN_GRAPH."""
+
+IN_LAYER = "1"
+"""The value of VARIABLE with which layers are replaced."""
+
+IN_GRAPH = "graph"
+"""The value of VARIABLE, or of KEY, with which a model's graphs are rewritten, and its layers do as vLLM's."""
 
 
 def variable() -> str:
-    """What MLAGEN_VLLM says: 0, 1, "config", or nothing.  Raises RequestError for another value."""
+    """What MLAGEN_VLLM says: 0, 1, graph, "config", or nothing.  Raises RequestError for another value."""
     text = os.environ.get("MLAGEN_VLLM", "")
-    if text not in ("", "0", "1", CONFIG):
-        raise RequestError(f"{VARIABLE}={text!r}: expected 0 or 1")
+    if text not in ("", "0", IN_LAYER, IN_GRAPH, CONFIG):
+        raise RequestError(f"{VARIABLE}={text!r}: expected 0 or 1, or {IN_GRAPH}")
     return text
 
 
-def is_wanted(additional_config: Any) -> bool:
-    """Whether a model with this configuration shall decode through mlagen; the variable's 0 has the last word.
+def route_of(additional_config: Any) -> str | None:
+    """How a model with this configuration shall decode through mlagen, IN_LAYER or IN_GRAPH, or None: not at all.
 
-    Raises RequestError for a value of the variable, or of the configuration, that is none.
+    The variable's 0 has the last word.  Raises RequestError for a value of the variable, or of the configuration, that is none.
     """
     text = variable()
     asked = additional_config.get(KEY) if isinstance(additional_config, dict) else None
-    if asked is not None and not isinstance(asked, bool):
-        raise RequestError(f"additional_config: {KEY} is {asked!r}, expected true or false")
-    return text != "0" and (text == "1" if asked is None else asked)
+    if asked is not None and not isinstance(asked, bool) and asked != IN_GRAPH:
+        raise RequestError(f"additional_config: {KEY} is {asked!r}, expected true, false or {IN_GRAPH!r}")
+    if text == "0" or asked is False:
+        return None
+    if asked == IN_GRAPH or text == IN_GRAPH:
+        return IN_GRAPH
+    return IN_LAYER if asked or text == IN_LAYER else None
 
 
 def is_tested(version: str) -> bool:
@@ -47,7 +57,7 @@ def is_tested(version: str) -> bool:
 
 
 def register() -> None:
-    """Let MLA layers that vLLM builds from now on decode through mlagen, if MLAGEN_VLLM=1 or a model's configuration asks for it.
+    """Let MLA layers that vLLM builds from now on decode through mlagen, if MLAGEN_VLLM or a model's configuration asks for it.
 
     With MLAGEN_VLLM=0, does nothing; without the variable, has configurations looked at as they are made, and nothing else.
     Leaves vLLM as it is, with one warning, where its version was not tested, where another plugin has replaced the layer, or where
@@ -60,11 +70,10 @@ def register() -> None:
         return
     if text == "0":
         return
-    if text == "":
-        if is_tested(_version()):
-            _watch_configs()
-        return
-    _install()
+    if text != "":
+        _install()
+    if is_tested(_version()):
+        _watch_configs()
 
 
 def _install() -> None:
@@ -79,7 +88,7 @@ def _install() -> None:
 
 
 def _watch_configs() -> None:
-    """Install where a configuration that is made from now on asks for it: before it settles where graphs are split."""
+    """Install what a configuration that is made from now on asks for: before it settles where graphs are split."""
     from vllm.config import VllmConfig
 
     config: Any = VllmConfig
@@ -90,10 +99,15 @@ def _watch_configs() -> None:
     @functools.wraps(settle)
     def ask_and_settle(self: Any) -> None:
         try:
-            if is_wanted(self.additional_config):
+            route = route_of(self.additional_config)
+            if route is not None:
                 if variable() == "":
                     os.environ[VARIABLE] = CONFIG  # the processes that run the model get the configuration ready-made
                 _install()
+            if route == IN_GRAPH:
+                from mlagen.integrations.vllm.graph_route import add_pass
+
+                add_pass()
         except RequestError as error:
             _warn(f"{error}; vLLM stays as it is")
         settle(self)

@@ -21,16 +21,20 @@ _ANNOUNCED: set[tuple[PrologueSpec, torch.device]] = set()
 class Prologue:
     """The choice between both paths of one layer for each batch.
 
-    fits    whether the layer is of a kind that has a kernel; its model's graph, which vLLM keeps on disk by the hash of the
-            configuration, calls our operator then
-    decode  the kernel's path; None, and vLLM's path for every batch, where `fits` is not so, or where the kernel cannot be had in
+    spec    the kernel's, where the layer is of a kind that has one; its model's graph, which vLLM keeps on disk by the hash of the
+            configuration, may call our operator then
+    decode  the kernel's path; None, and vLLM's path for every batch, where there is no spec, or where the kernel cannot be had in
             this process
     """
 
     def __init__(self, wrapper: Any, rotate: Callable[..., Any]) -> None:
         self.rotary, self.rotate = wrapper.rotary_emb, rotate
         self.layer_name: str = wrapper.mla_attn.layer_name
-        self.fits, self.decode = False, cast("Decode | None", None)
+        self.spec, self.decode = cast("PrologueSpec | None", None), cast("Decode | None", None)
+
+    @property
+    def fits(self) -> bool:
+        return self.spec is not None
 
     def prepare(self, wrapper: Any, dtype: torch.dtype) -> None:
         """Load the kernel and pack the weights, or say in the log why vLLM's path stays; `dtype` is the model's.
@@ -42,13 +46,13 @@ class Prologue:
             if self.decode is not None:
                 self.decode.repack(find_weights(attn))
                 return
-            self.fits = False
+            self.spec = None
             refuse_unknown(wrapper)
             weights = find_weights(attn)
             device = weights.w_uk.device
             target = _target(device)
             choice = choose(wrapper, dtype, weights.kind, target)
-            self.fits = True
+            self.spec = choice.spec
             self.decode = Decode(_load(choice.spec, device, target, attn.layer_name), choice, weights)
         except (Unfit, MlagenError) as error:
             self.decode = None
