@@ -21,6 +21,7 @@ from mlagen.fx.mutation import functional_call
 from mlagen.fx.pair import Pair, find_pair
 from mlagen.fx.query import Query, behind, is_gather, used_elsewhere
 from mlagen.fx.reader import argument, is_call, value_of
+from mlagen.fx.report import tell
 from mlagen.fx.rewrite import Writer, finish
 from mlagen.fx.slab import Emit, find_slab
 from mlagen.fx.update import KEEPS_ORDER, Update, find_update, is_write
@@ -84,15 +85,15 @@ class FuseProloguePass:
             try:
                 pair = find_pair(node)
             except Unreadable as reason:
-                logger.debug("%s: left as it is: %s", node.name, reason)
+                tell(logger, node, "left", reason)
                 continue
             if pair is None:
                 continue
             caches = {user for user in pair.update.users if is_call(user, operator.getitem) and user.args[1] == 1}
             if other := used_elsewhere(pair.inner, [pair.node, *caches]):
-                logger.debug("%s: left as it is: %s is used elsewhere, too", node.name, other.name)
+                tell(logger, node, "left", f"{other.name} is used elsewhere, too")
             elif not within_limit(pair.tokens, self.config):
-                logger.debug("%s: left as it is: %s rows, the limit is %s", node.name, pair.tokens, self.config.token_limit)
+                tell(logger, node, "left", f"{pair.tokens} rows, the limit is {self.config.token_limit}")
             else:
                 found.append(pair)
         return found
@@ -134,7 +135,7 @@ class FuseProloguePass:
                     w_offset=pair.weights.offset, spec=spec, arch=arch, **{name: given[name] for name in passed}, **place,
                 )  # fmt: skip
         except (MlagenError, Unreadable) as reason:
-            logger.warning("%s: not fused: %s", node.name, reason)
+            tell(logger, node, "left", reason, level=logging.WARNING)
             return False
         node.replace_all_uses_with(emit(operator.getitem, result, 0))
         cache = emit(operator.getitem, result, 1)
@@ -142,7 +143,7 @@ class FuseProloguePass:
             if is_call(user, operator.getitem) and user.args[1] == 1:
                 user.replace_all_uses_with(cache)
                 writer.graph.erase_node(user)
-        logger.debug("%s and %s: fused as %s", node.name, pair.update.name, result.name)
+        tell(logger, node, "fused", result.name, pair.update)
         return True
 
     def _update_of(self, query: Query, writes: list[fx.Node], before: "dict[fx.Node, set[fx.Node]]") -> Update | None:
@@ -153,15 +154,15 @@ class FuseProloguePass:
             try:
                 update = find_update(node, query, self._fp8(query))
             except Unreadable as reason:
-                logger.debug("%s: not the update of %s: %s", node.name, query.node.name, reason)
+                tell(logger, node, "left", reason, query.node)
                 continue
             unfit = self._unfit(query, update)
             if unfit:
-                logger.debug("%s: not fused with %s: %s", node.name, query.node.name, unfit)
+                tell(logger, node, "left", unfit, query.node)
             else:
                 found.append(update)
         if len(found) != 1:
-            logger.debug("%s: left as it is: %d cache updates belong to it", query.node.name, len(found))
+            tell(logger, query.node, "left", f"{len(found)} cache updates belong to it, expected one")
         return found[0] if len(found) == 1 else None
 
     def _unfit(self, query: Query, update: Update) -> str | None:
@@ -219,11 +220,11 @@ class FuseProloguePass:
             with writer.undoing():
                 result = self._call(emit, query, update)
         except (MlagenError, Unreadable) as reason:
-            logger.warning("%s: not fused: %s", query.node.name, reason)
+            tell(logger, query.node, "left", reason, level=logging.WARNING)
             return False
         query.node.replace_all_uses_with(emit(operator.getitem, result, 0))
         _replace_cache(emit, update, emit(operator.getitem, result, 1))
-        logger.debug("%s and %s: fused as %s", query.node.name, update.node.name, result.name)
+        tell(logger, query.node, "fused", result.name, update.node)
         return True
 
     def _loaded(self, spec: PrologueSpec, device: torch.device, arch: str) -> str:
