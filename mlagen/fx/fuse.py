@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import operator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from mlagen.errors import MlagenError
 from mlagen.fx import packing
 from mlagen.fx.config import FusionConfig
 from mlagen.fx.gate import within_limit
-from mlagen.fx.index import Index, Unreadable, may_be_same
+from mlagen.fx.index import Index, Unreadable, may_be_same, same_extent
 from mlagen.fx.lift import queries
 from mlagen.fx.mutation import functional_call
 from mlagen.fx.pair import Pair, find_pair
@@ -243,7 +244,7 @@ class FuseProloguePass:
         rotary = query.rotated if query.rotation else query.q_pe
         base = value_of(update.base)
         skips = update.skips or self.config.assume_padded_slots_skip
-        slots = self._from_start(shared, update.slots, base.numel() // base.shape[-1], skips)
+        slots = self._from_start(shared, update.slots, (update.base, base.dim() - 1), skips)
         weights = query.weights
         return emit(
             auto_functionalized_v2, FUSED, q=query.q_nope.emit(emit), q_pe=rotary.emit(emit) if rotary else None,
@@ -254,10 +255,19 @@ class FuseProloguePass:
             w_offset=weights.offset, spec=spec, arch=arch, _kv_cache_base_index=0, _all_bases=[update.base],
         )  # fmt: skip
 
-    def _from_start(self, emit: Emit, vector: fx.Node, extent: int, is_known: bool) -> fx.Node:
-        """An index vector whose negative entries count from the end, with all of them counted from the start."""
+    def _from_start(self, emit: Emit, vector: fx.Node, rows: tuple[fx.Node, int], is_known: bool) -> fx.Node:
+        """An index vector whose negative entries count from the end, with all of them counted from the start.
+
+        rows: a node, and how many of the first dimensions of its value the indices count through.
+        """
         if is_known:
             return vector
+        node, dims = rows
+        factors = [size if isinstance(size, int) else emit(aten.sym_size.int, node, dim)
+                   for dim, size in enumerate(value_of(node).shape[:dims])]  # fmt: skip
+        extent: int | fx.Node = math.prod(each for each in factors if isinstance(each, int))
+        for symbol in (each for each in factors if isinstance(each, fx.Node)):
+            extent = symbol if extent == 1 else emit(operator.mul, extent, symbol)
         negative = emit(aten.lt.Scalar, vector, 0)
         return emit(aten.where.self, negative, emit(aten.add.Tensor, vector, extent), vector)
 
@@ -289,7 +299,7 @@ class FuseProloguePass:
         if rows is None or value_of(rows).dim() != 1 or not may_be_same(value_of(rows).shape[0], query.tokens):
             return None
         value, half = value_of(table), len(rotation.cos)
-        if value.dim() != 2 or value.dtype not in (query.dtype, torch.float32) or not isinstance(value.shape[0], int):
+        if value.dim() != 2 or value.dtype not in (query.dtype, torch.float32):
             return None
         starts = []
         for factors in (rotation.cos, rotation.sin):
@@ -301,7 +311,7 @@ class FuseProloguePass:
                 return None
             starts.append(first.const)
         known = gather.target is not aten.index.Tensor  # the others take no negative rows
-        positions = self._from_start(emit, rows, value.shape[0], known or self.config.assume_positions_valid)
+        positions = self._from_start(emit, rows, (table, 1), known or self.config.assume_positions_valid)
         if starts == [0, half] and value.shape[1] == 2 * half and value.stride(1) == 1:
             return Tables(table, None, positions)
         if value.stride(1) != 1:
@@ -317,7 +327,7 @@ class FuseProloguePass:
         value = value_of(first.table)
         if rows != [dataclasses.replace(first, column=column) for column in range(len(rows))] or value.shape[1] != len(rows):
             raise Unreadable("its cosines and sines are not [cos | sin] of one table")
-        fits = value.dtype in (query.dtype, torch.float32) and isinstance(value.shape[0], int) and value.stride(1) == 1
+        fits = value.dtype in (query.dtype, torch.float32) and value.stride(1) == 1
         if not fits or first.token.const or not may_be_same(value_of(first.positions).shape[0], query.tokens):
             raise Unreadable(f"its cosines and sines {list(value.shape)} of {value.dtype} are in no table that a kernel reads")
         return Tables(first.table, None, first.positions)
@@ -365,7 +375,7 @@ def _replace_cache(emit: Emit, update: Update, cache: fx.Node) -> None:
     seen = cache
     for view in reversed(views):
         seen = emit(view.target, seen, *view.args[1:], **view.kwargs)
-    shape = value_of(update.base)
+    base = value_of(update.base)
     left = list(update.after)
     whole = []
     while left:
@@ -373,7 +383,8 @@ def _replace_cache(emit: Emit, update: Update, cache: fx.Node) -> None:
             if is_call(user, *KEEPS_ORDER):
                 left.append(user)
                 value = value_of(user)
-                if (value.dtype, value.shape, value.stride()) == (shape.dtype, shape.shape, shape.stride()):
+                extents = zip((*value.shape, *value.stride()), (*base.shape, *base.stride()), strict=False)
+                if value.dtype is base.dtype and value.dim() == base.dim() and all(same_extent(*each) for each in extents):
                     whole.append(user)
     for user in whole:
         user.replace_all_uses_with(cache)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mlagen.fx.index import Index, Unreadable, may_be_same
+from mlagen.fx.index import Index, Unreadable, may_be_same, same_extent
 from mlagen.fx.known import CacheWriter, meaning, turned, writes_cache
 from mlagen.fx.mutation import Call, functional_call
 from mlagen.fx.operators import FP8_TYPES
@@ -212,10 +212,10 @@ def _base(target: fx.Node, width: int, quant: Quant | None) -> fx.Node:
             break
         base = source
     value = value_of(base)
-    if value.dim() not in (2, 3) or value.shape[-1] != width or not all(isinstance(each, int) for each in value.shape):
+    if value.dim() not in (2, 3) or not same_extent(value.shape[-1], width):
         raise Unreadable(f"{base.name}: a cache {list(value.shape)}, expected [blocks, block_size, {width}] or [slots, {width}]")
-    if not all(isinstance(each, int) for each in (*value.stride(), value.storage_offset())) or value.stride(-1) != 1:
-        raise Unreadable(f"{base.name}: a cache of strides {list(value.stride())}, expected numbers, the last one 1")
+    if not same_extent(value.stride(-1), 1):
+        raise Unreadable(f"{base.name}: a cache of strides {list(value.stride())}, expected 1 as the last one")
     held = value_of(target).dtype
     if quant is not None and held not in (quant.dtype, torch.uint8):
         raise Unreadable(f"{base.name}: a cache of {held} for codes of {quant.dtype}")
