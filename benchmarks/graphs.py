@@ -2,8 +2,8 @@
 
     python benchmarks/graphs.py
 
-On the CPU, with the spellings of the tests: a layer of two heads and its attention, compiled for 2 to 64 rows.  A second run has the
-kernels in mlagen's cache, and times the pass without their compiler.
+On the CPU, with the spellings of the tests: a layer of two heads and its attention, compiled for 2 to 64 rows.  A second run has
+the kernels in mlagen's cache, and times the pass without their compiler.
 """
 
 import sys
