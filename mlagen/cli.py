@@ -16,7 +16,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-from mlagen import __version__, cli_bench, cli_tools, cli_tune
+from mlagen import __version__, cli_bench, cli_graph, cli_tools, cli_tune
 from mlagen.cli_options import (
     SPEC_FLAGS,
     Archs,
@@ -303,6 +303,7 @@ def _kernel_table(rows: Mapping[str, dict[str, str]]) -> Table:
 app.command()(cli_bench.bench)
 app.command()(cli_tune.tune)
 app.command()(cli_tools.doctor)
+app.command()(cli_graph.explain_graph)
 app.add_typer(cli_tools.cache, name="cache")
 
 

@@ -6,8 +6,17 @@ with mlagen.fx.fused_prologue(mlagen.fx.FusionConfig(enabled=True, max_num_seqs=
 
 from mlagen.fx.config import FusionConfig
 from mlagen.fx.fuse import FuseProloguePass
-from mlagen.fx.hook import ProloguePasses, fused_prologue, install
+from mlagen.fx.hook import ProloguePasses, explained, fused_prologue, install
 from mlagen.fx.lift import LiftQPrepPass
 from mlagen.fx.packing import repack
 
-__all__ = ["FuseProloguePass", "FusionConfig", "LiftQPrepPass", "ProloguePasses", "fused_prologue", "install", "repack"]
+__all__ = [
+    "FuseProloguePass",
+    "FusionConfig",
+    "LiftQPrepPass",
+    "ProloguePasses",
+    "explained",
+    "fused_prologue",
+    "install",
+    "repack",
+]

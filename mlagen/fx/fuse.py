@@ -1,7 +1,9 @@
 """FuseProloguePass: the preparation of a query and the write of the cache's entries become one kernel."""
 
+import dataclasses
 import functools
 import logging
+import math
 import operator
 from dataclasses import dataclass
 
@@ -14,14 +16,16 @@ from mlagen.errors import MlagenError
 from mlagen.fx import packing
 from mlagen.fx.config import FusionConfig
 from mlagen.fx.gate import within_limit
-from mlagen.fx.index import Index, Unreadable, may_be_same
+from mlagen.fx.index import Index, Unreadable, may_be_same, same_extent
 from mlagen.fx.lift import queries
+from mlagen.fx.mutation import functional_call
 from mlagen.fx.pair import Pair, find_pair
-from mlagen.fx.query import Query, is_gather, used_elsewhere
+from mlagen.fx.query import Query, behind, is_gather, used_elsewhere
 from mlagen.fx.reader import argument, is_call, value_of
+from mlagen.fx.report import tell
 from mlagen.fx.rewrite import Writer, finish
 from mlagen.fx.slab import Emit, find_slab
-from mlagen.fx.update import KEEPS_ORDER, Update, find_update
+from mlagen.fx.update import KEEPS_ORDER, Update, find_update, is_write
 from mlagen.fx.values import Factor, Quant, Rotation
 from mlagen.ops import spec_to_str
 from mlagen.runtime import load
@@ -54,7 +58,7 @@ class FuseProloguePass:
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph; returns the number of prologues fused, of which none leaves the graph untouched."""
         found = queries(graph, self.config)
-        writes = [node for node in graph.nodes if is_call(node, aten.index_put.default)]
+        writes = [node for node in graph.nodes if is_write(node)]
         pairs = self._pairs(graph)
         if not found and not pairs:
             return 0
@@ -63,7 +67,7 @@ class FuseProloguePass:
         for query in found:
             update = self._update_of(query, writes, before)
             if update is not None and self._fuse(writer, query, update):
-                unused.update((node, None) for node in (query.node, update.node, *query.inner, *update.inner))
+                unused.update((node, None) for node in (query.node, update.node, *update.after, *query.inner, *update.inner))
                 writes.remove(update.node)
                 _merge(before, query.node, update.node)
                 fused += 1
@@ -82,15 +86,15 @@ class FuseProloguePass:
             try:
                 pair = find_pair(node)
             except Unreadable as reason:
-                logger.debug("%s: left as it is: %s", node.name, reason)
+                tell(logger, node, "left", reason)
                 continue
             if pair is None:
                 continue
             caches = {user for user in pair.update.users if is_call(user, operator.getitem) and user.args[1] == 1}
             if other := used_elsewhere(pair.inner, [pair.node, *caches]):
-                logger.debug("%s: left as it is: %s is used elsewhere, too", node.name, other.name)
+                tell(logger, node, "left", f"{other.name} is used elsewhere, too")
             elif not within_limit(pair.tokens, self.config):
-                logger.debug("%s: left as it is: %s rows, the limit is %s", node.name, pair.tokens, self.config.token_limit)
+                tell(logger, node, "left", f"{pair.tokens} rows, the limit is {self.config.token_limit}")
             else:
                 found.append(pair)
         return found
@@ -132,7 +136,7 @@ class FuseProloguePass:
                     w_offset=pair.weights.offset, spec=spec, arch=arch, **{name: given[name] for name in passed}, **place,
                 )  # fmt: skip
         except (MlagenError, Unreadable) as reason:
-            logger.warning("%s: not fused: %s", node.name, reason)
+            tell(logger, node, "left", reason, level=logging.WARNING)
             return False
         node.replace_all_uses_with(emit(operator.getitem, result, 0))
         cache = emit(operator.getitem, result, 1)
@@ -140,26 +144,26 @@ class FuseProloguePass:
             if is_call(user, operator.getitem) and user.args[1] == 1:
                 user.replace_all_uses_with(cache)
                 writer.graph.erase_node(user)
-        logger.debug("%s and %s: fused as %s", node.name, pair.update.name, result.name)
+        tell(logger, node, "fused", result.name, pair.update)
         return True
 
     def _update_of(self, query: Query, writes: list[fx.Node], before: "dict[fx.Node, set[fx.Node]]") -> Update | None:
         found: list[Update] = []
         for node in writes:
-            if query.node in before[node] or node in before[query.node]:
+            if query.node in before[node] or (node in before[query.node] and not _turns(node, query)):
                 continue
             try:
-                update = find_update(node, query)
+                update = find_update(node, query, self._fp8(query))
             except Unreadable as reason:
-                logger.debug("%s: not the update of %s: %s", node.name, query.node.name, reason)
+                tell(logger, node, "left", reason, query.node)
                 continue
             unfit = self._unfit(query, update)
             if unfit:
-                logger.debug("%s: not fused with %s: %s", node.name, query.node.name, unfit)
+                tell(logger, node, "left", unfit, query.node)
             else:
                 found.append(update)
         if len(found) != 1:
-            logger.debug("%s: left as it is: %d cache updates belong to it", query.node.name, len(found))
+            tell(logger, query.node, "left", f"{len(found)} cache updates belong to it, expected one")
         return found[0] if len(found) == 1 else None
 
     def _unfit(self, query: Query, update: Update) -> str | None:
@@ -170,11 +174,21 @@ class FuseProloguePass:
         limits = {each.limit for each in (query.quant, update.quant) if each is not None}
         if len(limits) > 1:
             return f"query and cache saturate at different magnitudes, {sorted(limits)}"
+        given = (query.q_nope, query.rotated or query.q_pe, update.kv_c, update.k_pe)
+        if update.node in behind({each.node for each in given if each is not None}):
+            return "what it is made of is made of what the update returns"
         if query.rotation is None and query.rope_dim and query.q_pe is None:
             return "its rotary columns are no part of a tensor"
         if query.rotation is not None and query.rotated is None:
             return f"what is rotated is no part of a tensor of {query.dtype}"
         return None
+
+    def _fp8(self, query: Query) -> torch.dtype | None:
+        """The arch's fp8 type; None where there is no arch for the query's device."""
+        try:
+            return torch_dtype(find_target(self.config.arch_for(value_of(query.node).device)).fp8)
+        except MlagenError:
+            return None
 
     def _spec(self, query: Query, update: Update, arch: str) -> PrologueSpec:
         """The kernel.  Raises SpecError or Unreadable where there is none."""
@@ -207,11 +221,11 @@ class FuseProloguePass:
             with writer.undoing():
                 result = self._call(emit, query, update)
         except (MlagenError, Unreadable) as reason:
-            logger.warning("%s: not fused: %s", query.node.name, reason)
+            tell(logger, query.node, "left", reason, level=logging.WARNING)
             return False
         query.node.replace_all_uses_with(emit(operator.getitem, result, 0))
         _replace_cache(emit, update, emit(operator.getitem, result, 1))
-        logger.debug("%s and %s: fused as %s", query.node.name, update.node.name, result.name)
+        tell(logger, query.node, "fused", result.name, update.node)
         return True
 
     def _loaded(self, spec: PrologueSpec, device: torch.device, arch: str) -> str:
@@ -229,7 +243,8 @@ class FuseProloguePass:
         tables = self._tables(query.rotation, query, shared) if query.rotation else None
         rotary = query.rotated if query.rotation else query.q_pe
         base = value_of(update.base)
-        slots = self._from_start(shared, update.slots, base.numel() // base.shape[-1], self.config.assume_padded_slots_skip)
+        skips = update.skips or self.config.assume_padded_slots_skip
+        slots = self._from_start(shared, update.slots, (update.base, base.dim() - 1), skips)
         weights = query.weights
         return emit(
             auto_functionalized_v2, FUSED, q=query.q_nope.emit(emit), q_pe=rotary.emit(emit) if rotary else None,
@@ -240,10 +255,19 @@ class FuseProloguePass:
             w_offset=weights.offset, spec=spec, arch=arch, _kv_cache_base_index=0, _all_bases=[update.base],
         )  # fmt: skip
 
-    def _from_start(self, emit: Emit, vector: fx.Node, extent: int, is_known: bool) -> fx.Node:
-        """An index vector whose negative entries count from the end, with all of them counted from the start."""
+    def _from_start(self, emit: Emit, vector: fx.Node, rows: tuple[fx.Node, int], is_known: bool) -> fx.Node:
+        """An index vector whose negative entries count from the end, with all of them counted from the start.
+
+        rows: a node, and how many of the first dimensions of its value the indices count through.
+        """
         if is_known:
             return vector
+        node, dims = rows
+        factors = [size if isinstance(size, int) else emit(aten.sym_size.int, node, dim)
+                   for dim, size in enumerate(value_of(node).shape[:dims])]  # fmt: skip
+        extent: int | fx.Node = math.prod(each for each in factors if isinstance(each, int))
+        for symbol in (each for each in factors if isinstance(each, fx.Node)):
+            extent = symbol if extent == 1 else emit(operator.mul, extent, symbol)
         negative = emit(aten.lt.Scalar, vector, 0)
         return emit(aten.where.self, negative, emit(aten.add.Tensor, vector, extent), vector)
 
@@ -262,6 +286,8 @@ class FuseProloguePass:
 
     def _looked_up(self, rotation: Rotation, query: Query, emit: Emit) -> Tables | None:
         """Both from one table [X,W] by one vector of positions, at columns that follow one another."""
+        if rotation.cos[0].row is not None:
+            return self._own_rows(rotation, query)
         gather = rotation.cos[0].chain[-1][0]
         if not is_gather(gather) or any(factor.part is not None for factor in rotation.cos):
             return None
@@ -273,7 +299,7 @@ class FuseProloguePass:
         if rows is None or value_of(rows).dim() != 1 or not may_be_same(value_of(rows).shape[0], query.tokens):
             return None
         value, half = value_of(table), len(rotation.cos)
-        if value.dim() != 2 or value.dtype not in (query.dtype, torch.float32) or not isinstance(value.shape[0], int):
+        if value.dim() != 2 or value.dtype not in (query.dtype, torch.float32):
             return None
         starts = []
         for factors in (rotation.cos, rotation.sin):
@@ -285,13 +311,26 @@ class FuseProloguePass:
                 return None
             starts.append(first.const)
         known = gather.target is not aten.index.Tensor  # the others take no negative rows
-        positions = self._from_start(emit, rows, value.shape[0], known or self.config.assume_positions_valid)
+        positions = self._from_start(emit, rows, (table, 1), known or self.config.assume_positions_valid)
         if starts == [0, half] and value.shape[1] == 2 * half and value.stride(1) == 1:
             return Tables(table, None, positions)
         if value.stride(1) != 1:
             return None
         cos, sin = (emit(aten.slice.Tensor, table, 1, start, start + half) for start in starts)
         return Tables(cos, sin, positions)
+
+    def _own_rows(self, rotation: Rotation, query: Query) -> Tables:
+        """What an operator looked up itself.  Raises Unreadable where that is no table that a kernel reads."""
+        rows = [factor.row for factor in (*rotation.cos, *rotation.sin)]
+        first = rows[0]
+        assert first is not None
+        value = value_of(first.table)
+        if rows != [dataclasses.replace(first, column=column) for column in range(len(rows))] or value.shape[1] != len(rows):
+            raise Unreadable("its cosines and sines are not [cos | sin] of one table")
+        fits = value.dtype in (query.dtype, torch.float32) and value.stride(1) == 1
+        if not fits or first.token.const or not may_be_same(value_of(first.positions).shape[0], query.tokens):
+            raise Unreadable(f"its cosines and sines {list(value.shape)} of {value.dtype} are in no table that a kernel reads")
+        return Tables(first.table, None, first.positions)
 
     def _row(self, factors: tuple[Factor, ...], query: Query, emit: Emit) -> fx.Node:
         """[T,R/2]: what a rotation multiplies a token's columns with, as a tensor of its own."""
@@ -329,24 +368,31 @@ def _merge(before: dict[fx.Node, set[fx.Node]], one: fx.Node, other: fx.Node) ->
 
 def _replace_cache(emit: Emit, update: Update, cache: fx.Node) -> None:
     """Have the cache after the write where the graph had the result of the write, or the whole cache seen through it."""
-    views, node = [], update.node.args[0]
+    views, node = [], update.target
     while node is not update.base:
-        assert isinstance(node, fx.Node)
         views.append(node)
-        node = node.args[0]
+        node = argument(node, 0, "self")
     seen = cache
     for view in reversed(views):
         seen = emit(view.target, seen, *view.args[1:], **view.kwargs)
-    shape = value_of(update.base)
-    left = [update.node]
+    base = value_of(update.base)
+    left = list(update.after)
     whole = []
     while left:
         for user in left.pop().users:
             if is_call(user, *KEEPS_ORDER):
                 left.append(user)
                 value = value_of(user)
-                if (value.dtype, value.shape, value.stride()) == (shape.dtype, shape.shape, shape.stride()):
+                extents = zip((*value.shape, *value.stride()), (*base.shape, *base.stride()), strict=False)
+                if value.dtype is base.dtype and value.dim() == base.dim() and all(same_extent(*each) for each in extents):
                     whole.append(user)
     for user in whole:
         user.replace_all_uses_with(cache)
-    update.node.replace_all_uses_with(seen)
+    for each in update.after:
+        each.replace_all_uses_with(seen)
+
+
+def _turns(write: fx.Node, query: Query) -> bool:
+    """Whether a write of entries is the call that rotates the query, too."""
+    call = functional_call(write)
+    return call is not None and any(is_call(each, operator.getitem) and each.args[0] is write for each in query.inner)

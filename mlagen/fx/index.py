@@ -39,6 +39,10 @@ class Unreadable(Exception):
     """An element that the reader cannot follow; the words say where and why."""
 
 
+class OtherForm(Unreadable):
+    """A known operator, called in a form that is not the one that is known."""
+
+
 def largest(index: Index, sizes: Mapping[str, int | None]) -> int | None:
     """The largest value, or None where a variable has no known bound."""
     total = index.const
@@ -48,6 +52,16 @@ def largest(index: Index, sizes: Mapping[str, int | None]) -> int | None:
             return None
         total += coefficient * (size - 1)
     return total
+
+
+def within(place: Index, first: int, end: int, sizes: Mapping[str, int | None]) -> bool:
+    """Whether all values of an index are in a range.  Raises Unreadable where some are."""
+    last = largest(place, sizes)
+    if last is not None and place.const >= first and last < end:
+        return True
+    if place.const < end and (last is None or last >= first):
+        raise Unreadable("columns that come from more than one tensor")
+    return False
 
 
 def divide(index: Index, stride: int, sizes: Mapping[str, int | None]) -> tuple[Index, Index]:

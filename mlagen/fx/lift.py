@@ -11,6 +11,7 @@ from mlagen.fx.config import FusionConfig
 from mlagen.fx.gate import within_limit
 from mlagen.fx.index import Unreadable
 from mlagen.fx.query import Query, find_query, used_elsewhere
+from mlagen.fx.report import tell
 from mlagen.fx.rewrite import Writer, finish
 
 logger = logging.getLogger(__name__)
@@ -24,13 +25,13 @@ def queries(graph: fx.Graph, config: FusionConfig) -> list[Query]:
         try:
             query = find_query(node)
         except Unreadable as reason:
-            logger.debug("%s: left as it is: %s", node.name, reason)
+            tell(logger, node, "left", reason)
             continue
         if query is None or any(query.node in each.inner for each in found):
             continue
         unfit = _unfit(query, config)
         if unfit:
-            logger.debug("%s: left as it is: %s", node.name, unfit)
+            tell(logger, node, "left", unfit)
         else:
             found.append(query)
     return found[::-1]
@@ -64,10 +65,10 @@ class LiftQPrepPass:
     def _lift(self, graph: fx.Graph, query: Query) -> bool:
         node, quant = query.node, query.quant
         if query.rope_dim and query.q_pe is None:
-            logger.debug("%s: not lifted: its rotary columns are no part of a tensor", node.name)
+            tell(logger, node, "left", "its rotary columns are no part of a tensor")
             return False
         if query.weights.view is None:
-            logger.debug("%s: not lifted: W_UK is seen nowhere as [H,P,L]", node.name)
+            tell(logger, node, "left", "W_UK is seen nowhere as [H,P,L]")
             return False
         emit = functools.partial(Writer(graph).emit, node)
         w_uk = query.weights.view.emit(emit)
@@ -76,5 +77,5 @@ class LiftQPrepPass:
         options: dict[str, Any] = {"q_dtype": quant.dtype, "fp8_max": quant.limit} if quant else {}
         new = emit(Q_PREP, q_nope, q_pe, w_uk, quant.scale if quant else None, **options)
         node.replace_all_uses_with(new)
-        logger.debug("%s: lifted as %s", node.name, new.name)
+        tell(logger, node, "lifted", new.name)
         return True

@@ -1,12 +1,15 @@
 """Where a graph prepares a query: absorb, concatenation and quantisation, before them perhaps a rotation."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from mlagen.fx.index import Index, Size, Unreadable
+from mlagen.fx.index import Index, OtherForm, Size, Unreadable
+from mlagen.fx.known import KNOWN, keeps_within
+from mlagen.fx.mutation import functional_call
 from mlagen.fx.operators import FP8_TYPES
 from mlagen.fx.reader import Place, Reader, argument, is_call, value_of
 from mlagen.fx.slab import Slab, find_slab
@@ -16,6 +19,7 @@ aten = torch.ops.aten
 MODEL_TYPES = (torch.bfloat16, torch.float16)
 ENDS = (aten.cat.default, aten.slice_scatter.default, *CASTS)
 """What the last operator of a query is: a cast to fp8, or what puts its two parts together."""
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Query:
 
 def find_query(node: fx.Node) -> Query | None:
     """The query that a node is the end of; None where it looks like none at all.  Raises Unreadable where it is not quite one."""
-    if not is_call(node, *ENDS) or not isinstance(node.meta.get("val"), torch.Tensor):
+    if not isinstance(node.meta.get("val"), torch.Tensor) or not _is_end(node):
         return None
     value = value_of(node)
     shape, kinds = value.shape, (*MODEL_TYPES, *FP8_TYPES)
@@ -64,6 +68,17 @@ def find_query(node: fx.Node) -> Query | None:
     if node.target in CASTS and value.dtype not in FP8_TYPES:
         return None
     return _Finder(node, shape[0], int(shape[1]), int(shape[2])).find()
+
+
+def _is_end(node: fx.Node) -> bool:
+    """Whether a node may be the end of a query: also what a library's operator wrote, and rows of codes that are seen as heads."""
+    if is_call(node, operator.getitem):
+        call = functional_call(node.args[0])
+        return call is not None and call.name in KNOWN
+    if is_call(node, *VIEWS):
+        source = argument(node, 0, "self")
+        return value_of(node).dtype in FP8_TYPES and isinstance(source, fx.Node) and value_of(source).dim() < 3
+    return is_call(node, *ENDS)
 
 
 class _Finder:
@@ -78,6 +93,8 @@ class _Finder:
     def find(self) -> Query | None:
         try:
             first = self._product(Index(0))
+        except OtherForm:
+            raise
         except Unreadable:
             return None
         if first is None:
@@ -166,6 +183,8 @@ class _Finder:
 
     def _is_table(self, factor: Factor) -> bool:
         """Cosines and sines are the same for all heads; with one head, they are what was looked up by a position."""
+        if factor.row is not None:
+            return True
         node, index = factor.chain[-1]
         if self.heads > 1:
             return not any(name == "h" for each in index for name, _ in each.terms)
@@ -213,7 +232,13 @@ def behind(bounds: set[fx.Node]) -> set[fx.Node]:
 
 def used_elsewhere(inner: frozenset[fx.Node], ends: Sequence[fx.Node]) -> fx.Node | None:
     """A node on the way that something else uses, too."""
+    within = inner.union(ends)
     for node in inner:
-        if node not in ends and any(user not in inner and user not in ends for user in node.users):
+        if node not in ends and not all(user in within or _is_on_the_way(user, node, within) for user in node.users):
             return node
     return None
+
+
+def _is_on_the_way(user: fx.Node, node: fx.Node, within: Collection[fx.Node]) -> bool:
+    call = functional_call(user)
+    return call is not None and keeps_within(call, node, within)

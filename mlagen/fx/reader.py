@@ -3,34 +3,18 @@
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
-from mlagen.fx.index import Index, Size, Unreadable, largest, reshaped
+from mlagen.fx.index import Index, Size, Unreadable, reshaped, within
+from mlagen.fx.known import copied
+from mlagen.fx.mutation import Call, functional_call
+from mlagen.fx.nodes import Place, argument, is_call, value_of
+
+__all__ = ["Place", "Reader", "argument", "is_call", "value_of"]
 
 aten = torch.ops.aten
-
-Place = tuple["fx.Node", tuple[Index, ...]]
-"""An element: a node and the index of the element in its value."""
-
-
-def value_of(node: fx.Node) -> torch.Tensor:
-    """What the compiler knows of a node's value.  Raises Unreadable where that is no tensor."""
-    found = node.meta.get("val")
-    if not isinstance(found, torch.Tensor):
-        raise Unreadable(f"{node.name} has no tensor as its value")
-    return found
-
-
-def is_call(node: object, *targets: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
-
-
-def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, positional or by name."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 @dataclass(frozen=True)
@@ -70,11 +54,23 @@ class Reader:
         rule = _RULES.get(node.target)
         return None if rule is None else rule(self, node, index)
 
+    def written(self, place: Place) -> tuple[Call, str, tuple[Index, ...]] | None:
+        """The call of an operator that wrote an element, the argument that it wrote it to, and the index there."""
+        node, index = place
+        if not is_call(node, operator.getitem) or not isinstance(node.args[1], int):
+            return None
+        call = functional_call(node.args[0])
+        shown = call.shown(node.args[1], index, self.sizes) if call is not None else None
+        return None if call is None or shown is None else (call, *shown)
+
     def _part(self, node: fx.Node, index: tuple[Index, ...]) -> Place | None:
-        """The piece of a split that a getitem takes."""
+        """The piece of a split that a getitem takes; or what a call that writes to its arguments left as it was, or only copied."""
         whole, number = node.args
         if not isinstance(whole, fx.Node) or not isinstance(number, int):
             return None
+        if (call := functional_call(whole)) is not None:
+            shown = call.shown(number, index, self.sizes)
+            return (call.before(number), index) if shown is None else copied(call, *shown, self.sizes)
         if whole.target not in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
             return None
         source = whole.args[0]
@@ -148,20 +144,11 @@ class Reader:
             width = value_of(piece).shape[dim] if value_of(piece).dim() == len(index) else None
             if not isinstance(width, int):
                 raise Unreadable(f"{node.name} joins along a symbol")
-            inside = self._inside(index[dim], first, first + width)
+            inside = within(index[dim], first, first + width, self.sizes)
             if inside:
                 return piece, (*index[:dim], index[dim] + -first, *index[dim + 1 :])
             first += width
         raise Unreadable(f"{node.name}: no piece holds the element")
-
-    def _inside(self, place: Index, first: int, end: int) -> bool:
-        """Whether all values of an index are in a range; none may be where not all are."""
-        last = largest(place, self.sizes)
-        if last is not None and place.const >= first and last < end:
-            return True
-        if place.const < end and (last is None or last >= first):
-            raise Unreadable("columns that come from more than one tensor")
-        return False
 
     def _scatter(self, node: fx.Node, index: tuple[Index, ...]) -> Place:
         """slice_scatter and select_scatter: the source inside of the slice, the tensor written to outside."""
@@ -172,12 +159,12 @@ class Reader:
         if node.target is aten.select_scatter.default:
             if not isinstance(start, int) or start < 0:
                 raise Unreadable(f"{node.name} writes to a symbol's place")
-            if self._inside(index[dim], start, start + 1):
+            if within(index[dim], start, start + 1, self.sizes):
                 return source, (*index[:dim], *index[dim + 1 :])
             return target, index
         if argument(node, 5, "step", 1) != 1 or not isinstance(extent, int):
             raise Unreadable(f"{node.name} writes to every other row, or to rows of a symbol's number")
-        if self._inside(index[dim], start, start + value_of(source).shape[dim]):
+        if within(index[dim], start, start + value_of(source).shape[dim], self.sizes):
             return source, (*index[:dim], index[dim] + -start, *index[dim + 1 :])
         return target, index
 

@@ -1,6 +1,7 @@
 """What the passes share: new nodes whose value is known, and graphs left in order."""
 
 import contextlib
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -8,6 +9,13 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._inductor.pattern_matcher import stable_topological_sort
+
+from mlagen.fx.known import untouched
+from mlagen.fx.mutation import functional_call
+from mlagen.fx.nodes import is_call
+
+aten = torch.ops.aten
+EMPTY = (aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default)
 
 
 class Writer:
@@ -49,10 +57,36 @@ class Writer:
 
 
 def finish(graph: fx.Graph, unused: Iterable[fx.Node]) -> None:
-    """Sort a graph that was changed, take away what is unused now, and check it."""
+    """Sort a graph that was changed, take away what is unused now, and check it.
+
+    With the last result of a call that writes to its arguments goes the call, and with that the memory that it was given.
+    """
     stable_topological_sort(graph)
     left = set(unused)
+    left.update(list(_released(left)))
     for node in reversed(list(graph.nodes)):
-        if node in left and not node.users:
-            graph.erase_node(node)
+        if node not in left or node.users:
+            continue
+        if is_call(node, operator.getitem) and functional_call(node.args[0]) is not None:
+            left.update(node.all_input_nodes)
+        elif functional_call(node) is not None:
+            left.update(each for each in node.all_input_nodes if is_call(each, *EMPTY))
+        graph.erase_node(node)
     graph.lint()
+
+
+def _released(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """The results of known calls that nodes are results of, too, and that are what they were before: these take their places."""
+    for node in nodes:
+        call = functional_call(node.args[0]) if is_call(node, operator.getitem) else None
+        kept = untouched(call) if call is not None else ()
+        if call is None or not kept:
+            continue
+        for number in {call.result(name) for name in kept} - {0, *(call.result(name) for name in call.written if name not in kept)}:
+            before = call.before(number)
+            for result in call.results(number):
+                for user in list(result.users):
+                    if is_call(user, aten.copy_.default) and user.args[0] is before and not user.users:
+                        user.graph.erase_node(user)
+                result.replace_all_uses_with(before)
+                yield result

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from mlagen.fx.index import Index, Unreadable
+from mlagen.fx.known import Row, Turned, codes, turned
+from mlagen.fx.mutation import functional_call
 from mlagen.fx.operators import FP8_TYPES
 from mlagen.fx.reader import Place, Reader, argument, is_call, value_of
 
@@ -20,7 +22,10 @@ SUMS = (aten.add.Tensor, aten.sub.Tensor)
 
 @dataclass(frozen=True)
 class Quant:
-    """A static quantisation, code = fp8(clamp(value / scale, -limit, limit)); `scale` is a node of one fp32 number, None is 1."""
+    """A static quantisation, code = fp8(clamp(value / scale, -limit, limit)); `scale` is a node of one fp32 number, None is 1.
+
+    divides: not as the product with the reciprocal, rounded to fp32 first.
+    """
 
     dtype: torch.dtype
     scale: fx.Node | None
@@ -30,15 +35,19 @@ class Quant:
 
 @dataclass(frozen=True)
 class Factor:
-    """What a rotation multiplies: the way to where it came from, and which part of it where that is complex."""
+    """What a rotation multiplies: the way to where it came from, and which part of it where that is complex.
+
+    Where an operator looks a cosine or sine up itself, there is no way, but a row.
+    """
 
     chain: tuple[Place, ...]
     part: Literal[0, 1] | None = None
+    row: Row | None = None
 
     @property
-    def key(self) -> tuple[Place, int | None]:
+    def key(self) -> object:
         """Equal for equal numbers."""
-        return self.chain[-1], self.part
+        return self.row or (self.chain[-1], self.part)
 
 
 Term = tuple[int, Factor, Factor]
@@ -56,7 +65,7 @@ class Values:
     def record(self, chain: Sequence[Place]) -> None:
         for node, _ in chain:
             self.seen[node] = None
-            if node.target is operator.getitem:
+            if node.target is operator.getitem and functional_call(node.args[0]) is None:
                 self.seen[node.all_input_nodes[0]] = None  # the split that it is a part of
             elif is_call(node, aten.copy.default):
                 self.seen[node.all_input_nodes[0]] = None  # written over: only its extents matter
@@ -100,6 +109,8 @@ class Values:
         dtype = value_of(node).dtype
         if dtype not in FP8_TYPES:
             raise Unreadable(f"{node.name}: bytes that are no fp8 codes, but {dtype}")
+        if (written := self.reader.written((node, index))) is not None:
+            return self._known_codes(node, written, dtype)
         if not is_call(node, *CASTS):
             raise Unreadable(f"{node.name}: {dtype} codes that are not made by a cast")
         place = self._operand(node, index, 0)
@@ -118,12 +129,23 @@ class Values:
         place, scale, divides = self._unscaled(place)
         return place, Quant(dtype, scale, float(high), divides)
 
+    def _known_codes(self, node: fx.Node, written: Any, dtype: torch.dtype) -> tuple[Place, Quant]:
+        """What an operator quantised."""
+        call, name, index = written
+        found = codes(call, name, index, dtype, self.reader.sizes)
+        scale = self.scale(found.scale) if found else None
+        if found is None or scale is None:
+            raise Unreadable(f"{node.name}: codes by {call.name}, which is not known to make them with one fp32 scale")
+        chain = self.reader.trace(*found.value)
+        self.record(chain)
+        return chain[-1], Quant(dtype, scale, found.limit, found.divides)
+
     def _unscaled(self, place: Place) -> tuple[Place, fx.Node | None, bool]:
         node, index = place
         if is_call(node, aten.div.Tensor, aten.mul.Tensor):
             factors = [argument(node, 0, "self"), argument(node, 1, "other")]
             if node.target is aten.div.Tensor:
-                scale, value, divides = self._scale(factors[1]), factors[0], True
+                scale, value, divides = self.scale(factors[1]), factors[0], True
             else:
                 inverse = [self._reciprocal(each) for each in factors]
                 scale, divides = inverse[0] or inverse[1], False
@@ -139,9 +161,9 @@ class Values:
         if not isinstance(node, fx.Node) or value_of(node).numel() != 1:
             return None
         found = self.reader.source(node, [Index()] * value_of(node).dim())[0]
-        return self._scale(argument(found, 0, "self")) if is_call(found, aten.reciprocal.default) else None
+        return self.scale(argument(found, 0, "self")) if is_call(found, aten.reciprocal.default) else None
 
-    def _scale(self, node: object) -> fx.Node | None:
+    def scale(self, node: object) -> fx.Node | None:
         """A node of one fp32 number, [] or [1], that this one shows; None where there is none."""
         if not isinstance(node, fx.Node) or value_of(node).numel() != 1:
             return None
@@ -165,6 +187,9 @@ class Values:
         """The signed products that an element is the sum of; none where it is no such sum.  Sums and products are recorded."""
         chain = self.follow(place)
         node, index = chain[-1]
+        if (written := self.reader.written(chain[-1])) is not None:
+            found = turned(*written, self.reader.sizes)
+            return self.products(found) if found is not None else []
         if is_call(node, aten.view_as_real.default):
             part, complex_index = self._part(index)
             source = argument(node, 0, "self")
@@ -180,6 +205,10 @@ class Values:
         if is_call(node, aten.mul.Tensor):
             return self._product(*(self._real(node, index, number) for number in (0, 1)))
         return []
+
+    def products(self, found: Turned) -> list[Term]:
+        """The same of an element that an operator rotated."""
+        return [(sign, Factor(tuple(self.chain(x))), Factor((), row=row)) for sign, x, row in found.products]
 
     def _real(self, node: fx.Node, index: tuple[Index, ...], number: int) -> Place | None:
         operand: Any = node.args[number]

@@ -7,7 +7,7 @@ import fx_models
 import pytest
 import torch
 import torch._inductor.config
-from fx_compiled import ARCH, CONFIG, LIMIT, Seen, assert_as_eager, calls, compiled, marked, products
+from fx_compiled import ARCH, CONFIG, LIMIT, Seen, assert_as_eager, assert_close, calls, compiled, marked, products
 from fx_models import L, R
 
 import mlagen.fx.packing
@@ -73,6 +73,43 @@ def test_a_range_without_end_is_outside_unless_asked_for():
             torch._dynamo.mark_dynamic(each, 0)
         assert_as_eager(layer, inputs, run(inputs[0], cache, *inputs[1:]), cache)
         assert calls(seen.graphs[0][1], "mlagen.decode_prologue_weights") == fused
+
+
+def any_blocks(kind):
+    """The layer with an attention over a cache of any number of blocks of any size."""
+
+    class AnyBlocks(kind):
+        def attend(self, q_out, cache):
+            entries = cache.view(self.fp8).flatten(0, 1)
+            scores = torch.einsum("thd,sd->ths", q_out.float() * self.q_scale, entries.float() * self.k_scale)
+            values = self.kv_b.view(fx_models.H, -1, L)[:, fx_models.P :].float()
+            out = torch.einsum("ths,sl,hvl->thv", torch.softmax(scores / 7, -1), entries[:, :L].float(), values)
+            return out.flatten(1).to(self.dtype) @ self.o_proj.t()
+
+    return AnyBlocks()
+
+
+@pytest.mark.parametrize("name", ["Einsum", "Matmul"])
+@pytest.mark.parametrize("negative", [False, True], ids=["from the start", "from the end"])
+def test_caches_of_a_symbol_s_extents(name, negative):
+    layer = any_blocks(fx_models.SPELLINGS[name])
+    config = FusionConfig(enabled=True, arch=ARCH, max_tokens=float("inf"), division_as_product=True)
+    run, seen, counter = compiled(layer, config, dynamic=True)
+    for blocks, tokens in ((20, 17), (9, 5), (13, 40)):  # no two extents equal, which torch would take for one symbol
+        x, _, positions = fx_models.batch(tokens)
+        slots = torch.randperm(blocks * fx_models.BLOCK_SIZE - 1, generator=torch.Generator().manual_seed(blocks))[:tokens]
+        if negative:
+            slots[1] = -1
+        cache = torch.zeros_like(fx_models.new_cache(layer)[:blocks])
+        result = run(x, cache, slots, positions)
+        expected_cache = torch.zeros_like(cache)
+        expected = layer(x, expected_cache, slots, positions)
+        assert_close(layer, result[1], expected[1])
+        assert_close(layer, cache, expected_cache)
+        attended = (x + layer.attend(result[1], cache)).float()
+        assert torch.allclose(result[0].float(), attended, rtol=2**-6, atol=2**-5), "the attention sees what was written"
+    assert counter.frame_count == 1
+    assert calls(seen.graphs[0][1], "mlagen.decode_prologue_weights") == 1
 
 
 def test_the_passes_take_little_time():
@@ -210,7 +247,7 @@ def test_what_was_emitted_is_taken_back_when_the_operator_refuses(monkeypatch, c
     inputs, cache = marked(16), fx_models.new_cache(layer)
     run(inputs[0], cache, *inputs[1:])
     assert seen.graphs[0][0] == seen.graphs[0][1]
-    assert "not fused: q: refused" in caplog.text
+    assert "left as it is: q: refused" in caplog.text
 
 
 def test_yarn_is_in_the_table():

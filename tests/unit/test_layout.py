@@ -51,7 +51,7 @@ LAYERS = (
     Layer("integrations", "integrations", "fx"),  # under other libraries' names
     Layer(
         "top",
-        "__init__ __main__ build bench tune doctor cli cli_bench cli_files cli_options cli_tools cli_tune",
+        "__init__ __main__ build bench tune doctor cli cli_bench cli_files cli_graph cli_options cli_tools cli_tune",
         "fx integrations",
     ),
 )
@@ -59,7 +59,7 @@ LAYERS = (
 # Third-party packages that only these modules may import.
 ONLY_IN = {
     "jinja2": {"rendering"},
-    "typer": {"cli", "cli_bench", "cli_files", "cli_options", "cli_tools", "cli_tune"},
+    "typer": {"cli", "cli_bench", "cli_files", "cli_graph", "cli_options", "cli_tools", "cli_tune"},
     "filelock": {"cache"},
 }
 

@@ -1,0 +1,28 @@
+"""Nodes of a graph, and the elements of their values."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from mlagen.fx.index import Index, Unreadable
+
+Place = tuple["fx.Node", tuple[Index, ...]]
+"""An element: a node and the index of the element in its value."""
+
+
+def value_of(node: fx.Node) -> torch.Tensor:
+    """What the compiler knows of a node's value.  Raises Unreadable where that is no tensor."""
+    found = node.meta.get("val")
+    if not isinstance(found, torch.Tensor):
+        raise Unreadable(f"{node.name} has no tensor as its value")
+    return found
+
+
+def is_call(node: object, *targets: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, positional or by name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
