@@ -40,17 +40,20 @@ _LIBRARIES = []
 """They undo their definitions when they go."""
 
 
-def become(arch: str) -> None:
-    """Pretend to be a machine with one GPU of this architecture."""
+def become(arch: str, device: str = "cpu") -> None:
+    """Pretend to be a machine with one GPU of this architecture, whose tensors are on `device`: "cuda" is another GPU than that."""
     sys.modules["amdsmi"] = _amdsmi(arch)
     sys.modules["aiter"] = None  # or vLLM takes the folder tests/aiter for it
+    key = device.upper()
     named, cache = (torch.library.Library(namespace, "FRAGMENT") for namespace in ("_C", "_C_cache_ops"))
     for name in NAMED:
         named.define(f"{name}() -> ()")
+    named.define("weak_ref_tensor(Tensor(a) tensor) -> Tensor(a)")
+    named.impl("weak_ref_tensor", lambda tensor: tensor.view_as(tensor), "CompositeImplicitAutograd")  # it may live longer here
     named.define(ROTATION)
-    named.impl("rotary_embedding", rotary_embedding, "CPU")
+    named.impl("rotary_embedding", rotary_embedding, key)
     cache.define(CACHE_WRITE)
-    cache.impl("concat_and_cache_mla", concat_and_cache_mla, "CPU")
+    cache.impl("concat_and_cache_mla", concat_and_cache_mla, key)
     cache.define(ROPE_AND_CACHE_WRITE)
     _LIBRARIES.extend((named, cache))
 
@@ -58,8 +61,8 @@ def become(arch: str) -> None:
     from vllm.platforms.rocm import RocmPlatform
 
     class Platform(RocmPlatform):
-        device_type = "cpu"
-        dispatch_key = "CPU"
+        device_type = device
+        dispatch_key = key
         dist_backend = "gloo"
 
         @classmethod

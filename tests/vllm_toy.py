@@ -1,7 +1,7 @@
 """A model of two MLA layers around vLLM's real wrapper, and batches for it.
 
 Only what needs a GPU is replaced: attention itself, decode and prefill, in plain torch.  It is the same in the stock model and in
-the one with the plugin, so that their outputs differ by nothing but the prologue.
+the one with the plugin, so that their outputs differ by nothing but the prologue.  On a GPU vLLM's Triton attention does decodes.
 """
 
 from dataclasses import dataclass, field
@@ -140,8 +140,8 @@ class Batch:
 class Model:
     """Two layers with weights that the seed and the options fix, and what attention saw."""
 
-    def __init__(self, options: Options) -> None:
-        self.options, self.queries = options, []
+    def __init__(self, options: Options, device: str = "cpu") -> None:
+        self.options, self.queries, self.device = options, [], torch.device(device)
         ops = ["none", "+rotary_embedding"] if options.in_place_rope else ["none"]
         defaults = {"mode": options.mode, "custom_ops": ops, "cudagraph_mode": "NONE"}
         compilation = CompilationConfig(**{**defaults, **options.config})
@@ -152,7 +152,8 @@ class Model:
         torch.set_default_dtype(options.dtype)
         try:
             with set_current_vllm_config(self.config), torch.no_grad():
-                self.module = Layers(vllm_config=self.config, options=options).eval().requires_grad_(False)
+                with self.device:
+                    self.module = Layers(vllm_config=self.config, options=options).eval().requires_grad_(False)
                 self._scale_weights()
                 for number, layer in enumerate(self.module.layers):
                     self._finish(layer.mla_attn, number)
@@ -178,7 +179,9 @@ class Model:
         options = self.options
         attn.impl.dcp_world_size = 1
         attn.impl.supports_quant_query_input = options.fp8_query
-        attn.impl.forward_mqa, attn.impl.forward_mha = self._decode, self._prefill
+        attn.impl.forward_mha = self._prefill
+        if self.device.type == "cpu":
+            attn.impl.forward_mqa = self._decode
         if options.aiter:
             attn.attn_backend = SimpleNamespace(get_name=lambda: "ROCM_AITER_MLA")
         attn.is_aiter_triton_fp8_bmm_enabled, attn.is_aiter_triton_fp4_bmm_enabled = options.bmm == "fp8", options.bmm == "fp4"
@@ -190,7 +193,7 @@ class Model:
         # Pages lie further apart than they are long.
         is_fp8 = attn.kv_cache_dtype == "fp8"
         dtype = torch.uint8 if is_fp8 else options.dtype
-        pages = torch.zeros(BLOCKS, 1, BLOCK_SIZE + 1, L + R, dtype=dtype)[:, :, :BLOCK_SIZE]
+        pages = torch.zeros(BLOCKS, 1, BLOCK_SIZE + 1, L + R, dtype=dtype, device=self.device)[:, :, :BLOCK_SIZE]
         attn.bind_kv_cache(pages)
         history = torch.randn(BLOCKS, BLOCK_SIZE, L + R, generator=torch.Generator().manual_seed(number), dtype=torch.float32)
         if is_fp8:
