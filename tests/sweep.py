@@ -6,6 +6,7 @@ the launches, because kernels that differ in heads only are the same.
 
 import contextlib
 import itertools
+from dataclasses import replace
 
 import torch
 from helpers import Row, covering
@@ -13,7 +14,9 @@ from helpers import Row, covering
 from mlagen.codegen import generate
 from mlagen.errors import ScheduleError
 from mlagen.layout import Layout
+from mlagen.lowering import lower
 from mlagen.runtime import Kernel, variants_of
+from mlagen.schedule import m_tiles_to_try
 from mlagen.spec import PrologueSpec
 from mlagen.tables import Range
 from mlagen.target import TARGETS, Target
@@ -62,7 +65,7 @@ LAUNCH_FACTORS = {
 }
 
 LAYOUTS = tuple(itertools.starmap(Layout, itertools.product(WAVES, BLOCKS, (False, True))))
-"""Every way to lay out the absorb that `mlagen tune` may choose."""
+"""Every way to lay out the absorb that `mlagen tune` may choose, each with any width of its tiles."""
 
 PRODUCTS_LIMIT = 300e6
 """Multiplications of one launch: what the oracle does in a second."""
@@ -130,7 +133,9 @@ HANDS = assign(SPECS, covering(LAUNCH_FACTORS))
 def other_layouts(spec: PrologueSpec, target: Target) -> list[Layout]:
     """The layouts that fit a spec on a target, the one that always fits left out."""
     found = []
-    for layout in LAYOUTS if spec.absorbs else ():
+    widths = m_tiles_to_try(lower(spec.program(target)), target)
+    for layout, m_tiles in itertools.product(LAYOUTS, widths) if spec.absorbs else ():
+        layout = replace(layout, m_tiles=m_tiles)
         if layout != Layout():
             with contextlib.suppress(ScheduleError):
                 generate(spec, target, layout)

@@ -13,16 +13,27 @@ TOKENS = 257
 
 
 @pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize(("heads", "nope_dim"), [(16, 128), (128, 128), (20, 192)])
-def test_a_row_does_not_depend_on_the_number_of_tokens(heads, nope_dim, pdl):
-    """bf16 shows what fp8 would round away."""
-    spec = PrologueSpec(heads, nope_dim, 512, 64, "gptj", q_dtype="bf16", kv_dtype="bf16")
+@pytest.mark.parametrize(
+    ("heads", "nope_dim", "weight"),
+    [
+        (16, 128, None),
+        (128, 128, None),
+        (20, 192, None),
+        (16, 128, "fp8"),
+        (128, 128, "fp8"),
+        (64, 128, "mxfp4"),
+        (128, 128, "mxfp4"),
+    ],
+)
+def test_a_row_does_not_depend_on_the_number_of_tokens(heads, nope_dim, weight, pdl):
+    """A query in bf16 shows what fp8 would round away."""
+    spec = PrologueSpec(heads, nope_dim, 512, 64, "gptj", weight=weight, q_dtype="bf16", kv_dtype="bf16")
     if pdl and torch.version.hip:
         pytest.skip("pdl")
     kernel = load(spec, "cuda", pdl=pdl)
     inputs = make_case(spec, kernel.target, TOKENS, seed=0, device=kernel.device).inputs
     inputs = {name: None if tensor is None else tensor.to(kernel.device) for name, tensor in inputs.items()}
-    packed = kernel.pack_weights(inputs["w_uk"])
+    packed = kernel.pack_weights(inputs["w_uk"], inputs.get("w_scale"))
 
     def rows(first: int, count: int) -> torch.Tensor:
         part = {name: inputs[name][first : first + count] for name in ("q_nope", "q_pe", "kv_c", "k_pe", "positions")}
