@@ -255,7 +255,7 @@ MLAGEN_DEVICE int64_t load_index(const void* indices, int32_t i, int32_t is_int6
     return is_int64 ? int64_t(uint64_t(uint32_t(high)) << 32 | uint32_t(low)) : low;
 }
 
-// sums += w * q over the k of one fragment: 1 matrix instruction(s) of 32 k.
+// sums += w * q over the k of one fragment; a matrix instruction takes 32 of them.
 MLAGEN_DEVICE Accumulator multiply(Fragment w, Fragment q, Accumulator sums)
 {
     return __builtin_amdgcn_mfma_f32_16x16x32_bf16(
@@ -374,7 +374,7 @@ constexpr int32_t M_TILES = 4;  // matrix instructions side by side over L_TILE
 constexpr int32_t CHUNK = 32;  // k that one fragment of every lane covers
 constexpr int32_t CHUNKS = 4;  // over P
 constexpr int32_t FRAGMENT_K = 8;  // consecutive k in one lane's fragment
-constexpr int32_t TOKEN_TILE = 16;
+constexpr int32_t TOKEN_TILE = 16;  // tokens of a matrix instruction
 constexpr uint32_t WAVE = 64;
 constexpr uint32_t WAVES = 1;  // of a workgroup
 constexpr uint32_t XCDS = 8;  // dies with an L2 of their own; workgroups are dealt to them in turn
@@ -387,8 +387,7 @@ MLAGEN_DEVICE void load_query_tile(const Arguments& args, int32_t head, int32_t 
     const int32_t k_first = lane / 16 * 8;
     const int32_t token = tile * TOKEN_TILE + lane % 16;
     const int32_t read_token = token < args.tokens ? token : args.tokens - 1;  // lanes past the last token read it again
-    const bf16* row =
-        args.q_nope + read_token * args.q_nope_token_stride + head * args.q_nope_head_stride;
+    const bf16* row = args.q_nope + read_token * args.q_nope_token_stride + head * args.q_nope_head_stride;
     for (int chunk = 0; chunk < CHUNKS; ++chunk) q[chunk] = load_fragment(row + chunk * CHUNK + k_first);
 }
 

@@ -13,7 +13,7 @@ from mlagen.abi import ABI_VERSION
 from mlagen.cache import DiskCache, Entry, Key
 from mlagen.codegen import GeneratedKernel
 from mlagen.compilers import compile_device, fingerprint, read_resources, refuse_spills
-from mlagen.errors import BuildError, MissingKernelError, MlagenError, ToolchainError
+from mlagen.errors import BuildError, MissingKernelError, MlagenError, RequestError, ToolchainError
 from mlagen.manifest import read_manifest, sha256
 from mlagen.models import PRESETS
 from mlagen.spec import PrologueSpec
@@ -26,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 def jit_allowed() -> bool:
-    """Whether the compiler may run: MLAGEN_JIT is 1 (the default) or 0.  Raises MlagenError for anything else."""
+    """Whether the compiler may run: MLAGEN_JIT is 1 (the default) or 0.  Raises RequestError for anything else."""
     text = os.environ.get("MLAGEN_JIT") or "1"
     if text not in ("0", "1"):
-        raise MlagenError(f"MLAGEN_JIT={text!r}: expected 0 or 1")
+        raise RequestError(f"MLAGEN_JIT={text!r}: expected 0 or 1")
     return text == "1"
 
 

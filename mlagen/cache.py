@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mlagen import __version__
-from mlagen.errors import MlagenError
+from mlagen.errors import MlagenError, RequestError
 
 LAYOUT = "v1"
 """Raised when an entry's files change meaning; other layouts are left alone."""
@@ -83,14 +83,14 @@ def cache_root() -> Path:
 
 
 def lock_timeout() -> float:
-    """Seconds to wait for another process's compile: MLAGEN_LOCK_TIMEOUT, else LOCK_TIMEOUT_SECONDS.  Raises MlagenError."""
+    """Seconds to wait for another process's compile: MLAGEN_LOCK_TIMEOUT, else LOCK_TIMEOUT_SECONDS.  Raises RequestError."""
     text = os.environ.get("MLAGEN_LOCK_TIMEOUT") or str(LOCK_TIMEOUT_SECONDS)
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise MlagenError(f"MLAGEN_LOCK_TIMEOUT={text!r}: expected a number of seconds, 0 or more")
+        raise RequestError(f"MLAGEN_LOCK_TIMEOUT={text!r}: expected a number of seconds, 0 or more")
     return seconds
 
 

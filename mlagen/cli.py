@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compile the MLA decode prologue of a model into one fused GPU kernel.",
 )
+
+_python_text = warnings.formatwarning
 
 OUT_HELP = "Folder for NAME.hip, NAME.co or, for NVIDIA, NAME.cubin, and manifest.json. Default: build/"
 
@@ -185,6 +188,7 @@ def verify(
             f"--tokens {tokens}: with {heads} heads at most {MAX_VERIFY_ROWS // heads} fit into memory; raise --tp or ask for fewer"
         )
     console, failed = plain_console(), 0
+    waiting = Console(stderr=True, highlight=False, markup=False, emoji=False)
     for each in requests:
         table = Table(
             box=None,
@@ -194,13 +198,14 @@ def verify(
         )
         for column in ("tokens", "output", "elements", "exact", "max error", ""):
             table.add_column(column, justify="left" if column in ("output", "") else "right")
-        kernel = load(each.spec, "cpu" if device == "host" else "cuda", arch=each.target.arch, pdl=pdl)
-        for count, comparisons in checker.verify(kernel, counts, seed=seed):
-            for part in comparisons:
-                failed += not part.passed
-                verdict = "ok" if part.passed else f"FAILED: {part.outside} outside rounding, {part.stray} stray bytes"
-                exact = f"{100 * part.exact_share:.3f} %"
-                table.add_row(str(count), part.name, str(part.elements), exact, f"{part.max_error:.3g}", verdict)
+        with waiting.status(f"loading or compiling {each.target.arch}'s kernel") as status:  # seen on a terminal only
+            kernel = load(each.spec, "cpu" if device == "host" else "cuda", arch=each.target.arch, pdl=pdl)
+            status.update(f"comparing {each.target.arch}'s kernel with the oracle")
+            for count, comparisons in checker.verify(kernel, counts, seed=seed):
+                for part in comparisons:
+                    failed += not part.passed
+                    verdict = "ok" if part.passed else f"FAILED: {part.outside} outside rounding, {part.stray} stray bytes"
+                    table.add_row(str(count), part.name, str(part.elements), part.exact_percent, f"{part.max_error:.3g}", verdict)
         console.print(table)
     print("max error: in stored values, before the scale; ok: rounding explains every element")
     if failed:
@@ -323,6 +328,7 @@ def options(
 def main() -> None:
     """Entry point: one line on standard error for every error that mlagen or the command line raises on purpose."""
     _prepare_streams()
+    warnings.formatwarning = _warning_text
     try:
         status = app(prog_name="mlagen", standalone_mode=False)
         sys.stdout.flush()
@@ -356,6 +362,13 @@ def _prepare_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _warning_text(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """A warning of mlagen's own as one line, like an error: who types a command need not see the code that warned."""
+    if category.__module__.partition(".")[0] == "mlagen":
+        return f"mlagen: {_one_line(str(message))}\n"
+    return _python_text(message, category, *where)
 
 
 def _one_line(text: str) -> str:

@@ -172,7 +172,7 @@ def _cache() -> Finding:
     except (MlagenError, OSError) as error:
         reason = f"{cache.root}: {error.strerror}" if isinstance(error, OSError) else str(error)
         return Finding("cache", False, reason, "set MLAGEN_CACHE_DIR to a folder of your own", facts)
-    detail = f"{cache.root}: {len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB"
+    detail = f"{cache.root}: {len(sizes)} kernel{'s' if len(sizes) != 1 else ''}, {sum(sizes) / 1e6:.1f} MB"
     return Finding("cache", True, detail if facts["exists"] else f"{cache.root}: made when it is needed", facts=facts)
 
 

@@ -73,9 +73,9 @@ class ModelShape:
 
     name        1 to 64 letters, digits and . _ + -: file names are made of it
     heads       attention heads of the whole model, before tensor parallelism; 1 to 4096
-    lora_rank   L, elements of the latent kv_c; a multiple of 16, 16 to 4096
-    nope_dim    P, elements of q per head that carry no position; a multiple of 16, 16 to 4096
-    rope_dim    R, elements of q_pe per head and of k_pe; even, 0 to 1024
+    lora_rank   L, elements of the latent kv_c; a multiple of 16, 16 to 2048
+    nope_dim    P, elements of q per head that carry no position; a multiple of 16, 16 to 512
+    rope_dim    R, elements of q_pe per head and of k_pe; even, 0 to 512
     rope_style  "gptj" rotates neighbours (0,1) (2,3) .., "neox" halves (0,R/2) (1,R/2+1) .., "none" copies the R columns as
                 they are and is the only style of R = 0
     v_head_dim  elements of v per head; 1 to 4096

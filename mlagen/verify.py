@@ -50,6 +50,12 @@ class Comparison:
         return self.exact / self.elements if self.elements else 1.0
 
     @property
+    def exact_percent(self) -> str:
+        """The share in words, rounded down: 100.000 % is all of them, not all but one in a million."""
+        thousandths = self.exact * 100_000 // self.elements if self.elements else 100_000
+        return f"{thousandths / 1000:.3f} %"
+
+    @property
     def passed(self) -> bool:
         share = 1.0 if self.must_be_exact else EXACT_SHARE if self.elements >= EXACT_SAMPLE and not self.sums else 0.0
         return not self.outside and not self.stray and self.exact_share >= share
@@ -254,7 +260,7 @@ def require(kernel: Kernel, tokens: Iterable[int], *, seed: int = 0) -> None:
 
 def describe(part: Comparison) -> str:
     """One line on a comparison."""
-    text = f"{part.name}: {100 * part.exact_share:.3f} % of {part.elements} exact, max error {part.max_error:.3g}"
+    text = f"{part.name}: {part.exact_percent} of {part.elements} exact, max error {part.max_error:.3g}"
     if part.outside:
         text += f", {part.outside} elements that rounding does not explain"
     if part.stray:

@@ -18,7 +18,7 @@ from mlagen.binaries import device_binary, device_key, jit_allowed
 from mlagen.build import build
 from mlagen.cache import DiskCache
 from mlagen.codegen import generate
-from mlagen.errors import MissingKernelError, MlagenError, RequestError, ToolchainError
+from mlagen.errors import MissingKernelError, RequestError, ToolchainError
 from mlagen.machine_code import read_resources
 from mlagen.manifest import MANIFEST, damaged_files, read_manifest
 from mlagen.shipped import Request
@@ -202,7 +202,7 @@ def test_jit(monkeypatch, text, allowed):
 @pytest.mark.parametrize("text", ["no", "false", "2", " 0"])
 def test_jit_of_another_value_is_an_error(monkeypatch, text):
     monkeypatch.setenv("MLAGEN_JIT", text)
-    with pytest.raises(MlagenError, match=r"MLAGEN_JIT=.*expected 0 or 1"):
+    with pytest.raises(RequestError, match=r"MLAGEN_JIT=.*expected 0 or 1"):
         jit_allowed()
 
 

@@ -12,7 +12,7 @@ import warnings
 import pytest
 
 from mlagen.cache import CacheWarning, DiskCache, Entry, Key, lock_timeout
-from mlagen.errors import MlagenError
+from mlagen.errors import RequestError
 
 KEY = Key("host", "gfx950", hashlib.sha256(b"source").hexdigest(), "compiler", (), 1)
 ENTRY = Entry(b"binary", "source", {})
@@ -96,7 +96,7 @@ def test_a_file_system_without_locks_is_no_obstacle(cache_root, monkeypatch, num
 @pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
 def test_an_impossible_timeout_is_an_error(monkeypatch, text):
     monkeypatch.setenv("MLAGEN_LOCK_TIMEOUT", text)
-    with pytest.raises(MlagenError, match=f"MLAGEN_LOCK_TIMEOUT='{text}': expected a number of seconds"):
+    with pytest.raises(RequestError, match=f"MLAGEN_LOCK_TIMEOUT='{text}': expected a number of seconds"):
         DiskCache().get(KEY, lambda: ENTRY)
 
 

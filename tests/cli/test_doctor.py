@@ -161,6 +161,13 @@ def test_a_cache_that_is_there_is_tried(cache):
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize(("kernels", "words"), [(1, "1 kernel, 0.0 MB"), (2, "2 kernels, 0.0 MB")])
+def test_a_cache_says_how_many_kernels_it_has(cache, kernels, words):
+    for number in range(kernels):
+        Path(cache, "v1", f"{number:064}").mkdir(parents=True, mode=0o700)
+    assert doctor._cache().detail == f"{cache}: {words}"
+
+
 def test_an_unsafe_cache_does_not_work(cache):
     cache.mkdir()
     cache.chmod(0o777)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from cli.command import Result, finish, run, start
 
+from mlagen import cli
+
 KERNEL = "mla_prologue_p64_wbf16_l256_r32_neox_bf16_qfp8_kvfp8_fused_gfx950"
 BUILD = ("build", "minicpm3", "--arch", "gfx950", "--out")
 
@@ -54,6 +56,14 @@ def test_a_terminal_sees_a_bar(tmp_path):
     assert "\x1b[?25h" in text  # the cursor is back
     assert "\x1b[2K" in text.rpartition("building")[2]  # and the bar is gone
     assert "built 1/1" not in text
+
+
+@pytest.mark.host
+def test_a_terminal_is_told_what_verify_waits_for():
+    status, text = on_terminal("verify", "minicpm3", "--tp", "8", "--arch", "gfx942", "--tokens", "1", columns=80)
+    assert status == 0
+    assert "loading or compiling gfx942's kernel" in plain(text)
+    assert text.endswith("ok: rounding explains every element\n")
 
 
 @pytest.mark.parametrize("columns", [20, 80, 500])
@@ -153,3 +163,24 @@ def test_a_build_that_is_stopped(number, status, tmp_path):
         assert "Traceback" not in result.err
         # A compiler that the signal hit as well may have left its source, as one does that fails.
         assert {path.suffix for path in temporary.rglob("*") if path.is_file()} <= {".hip"}
+
+
+# Warnings
+
+
+@pytest.mark.host
+def test_a_warning_is_one_line(tmp_path):
+    environment = {"MLAGEN_CACHE_DIR": str(tmp_path / "cache")}
+    words = ("verify", "minicpm3", "--tp", "8", "--arch", "gfx942", "--tokens", "1")
+    assert finish(start(*words, environment=environment)).err == ""
+    (kernel,) = tmp_path.glob("cache/v1/*/kernel.bin")
+    kernel.write_bytes(b"damaged")
+    result = finish(start(*words, environment=environment))
+    assert result.status == 0
+    assert result.err.startswith(f"mlagen: cache entry {tmp_path}")
+    assert result.err.endswith("and compiled again\n")
+    assert result.err.count("\n") == 1
+
+
+def test_a_warning_of_others_is_pythons():
+    assert cli._warning_text("words", UserWarning, "file.py", 3, "code") == "file.py:3: UserWarning: words\n  code\n"

@@ -23,6 +23,16 @@ def mutated(old: str, new: str) -> Kernel:
     return build_kernel(spec, "gfx942", load(spec, "cpu", arch="gfx942").generated, (old, new))
 
 
+@pytest.mark.parametrize(
+    ("exact", "elements", "words"),
+    [(0, 0, "100.000 %"), (5, 5, "100.000 %"), (0, 5, "0.000 %"), (2, 3, "66.666 %"), (10**9 - 1, 10**9, "99.999 %")],
+)
+def test_only_all_of_them_is_100_percent(exact, elements, words):
+    part = verify.Comparison("q_out", elements, exact, 0, 16.0, 0, must_be_exact=False)
+    assert part.exact_percent == words
+    assert verify.describe(part) == f"q_out: {words} of {elements} exact, max error 16"
+
+
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_deepseek_r1_is_verified_in_time(arch):
     """TP 8 and up to 64 tokens, compilation included."""
