@@ -17,8 +17,9 @@ from mlagen.fx import packing
 from mlagen.fx.config import FusionConfig
 from mlagen.fx.gate import within_limit
 from mlagen.fx.index import Index, Unreadable, may_be_same, same_extent
-from mlagen.fx.lift import queries
+from mlagen.fx.lift import is_written_in_place, queries
 from mlagen.fx.mutation import functional_call
+from mlagen.fx.nodes import in_order
 from mlagen.fx.pair import Pair, find_pair
 from mlagen.fx.query import Query, behind, is_gather, used_elsewhere
 from mlagen.fx.reader import argument, is_call, value_of
@@ -57,6 +58,8 @@ class FuseProloguePass:
 
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph; returns the number of prologues fused, of which none leaves the graph untouched."""
+        if is_written_in_place(graph):
+            return 0
         found = queries(graph, self.config)
         writes = [node for node in graph.nodes if is_write(node)]
         pairs = self._pairs(graph)
@@ -102,6 +105,11 @@ class FuseProloguePass:
     def _fuse_pair(self, writer: Writer, pair: Pair) -> bool:
         """Put the one operator in place of both; False, and nothing changed, where no kernel does it."""
         node, given = pair.node, pair.update.kwargs
+        scale = argument(node, 3, "q_scale")
+        sources = {pair.q_nope.node, *pair.update.all_input_nodes, *((scale,) if scale is not None else ())}
+        if not {node, pair.update}.isdisjoint(behind(sources)):
+            tell(logger, node, "left", "what it is made of is made of what the update returns")
+            return False
         options = {name: argument(node, 9, name) for name in ("q_dtype", "fp8_max")}
         model = value_of(pair.weights.node).dtype
         bases = given["_all_bases"]
@@ -132,7 +140,7 @@ class FuseProloguePass:
             with writer.undoing():
                 result = emit(
                     auto_functionalized_v2, FUSED, q=pair.q_nope.emit(emit), weight=pair.weights.node,
-                    q_scale=argument(node, 3, "q_scale"), w_size=list(pair.weights.size), w_stride=list(pair.weights.stride),
+                    q_scale=scale, w_size=list(pair.weights.size), w_stride=list(pair.weights.stride),
                     w_offset=pair.weights.offset, spec=spec, arch=arch, **{name: given[name] for name in passed}, **place,
                 )  # fmt: skip
         except (MlagenError, Unreadable) as reason:
@@ -175,7 +183,10 @@ class FuseProloguePass:
         if len(limits) > 1:
             return f"query and cache saturate at different magnitudes, {sorted(limits)}"
         given = (query.q_nope, query.rotated or query.q_pe, update.kv_c, update.k_pe)
-        if update.node in behind({each.node for each in given if each is not None}):
+        sources = {each.node for each in given if each is not None}
+        if query.quant is not None and query.quant.scale is not None:
+            sources.add(query.quant.scale)
+        if update.node in behind(sources):
             return "what it is made of is made of what the update returns"
         if query.rotation is None and query.rope_dim and query.q_pe is None:
             return "its rotary columns are no part of a tensor"
@@ -307,7 +318,7 @@ class FuseProloguePass:
             first = places[0][1][-1]
             if any(node is not gather or index[-1] != first + j for j, (node, index) in enumerate(places)) or first.terms:
                 return None
-            if any(index[0] != places[0][1][0] or index[0].const for _, index in places):
+            if any(index[0] != query.token for _, index in places):
                 return None
             starts.append(first.const)
         known = gather.target is not aten.index.Tensor  # the others take no negative rows
@@ -328,17 +339,16 @@ class FuseProloguePass:
         if rows != [dataclasses.replace(first, column=column) for column in range(len(rows))] or value.shape[1] != len(rows):
             raise Unreadable("its cosines and sines are not [cos | sin] of one table")
         fits = value.dtype in (query.dtype, torch.float32) and value.stride(1) == 1
-        if not fits or first.token.const or not may_be_same(value_of(first.positions).shape[0], query.tokens):
+        if not fits or first.token != query.token or not may_be_same(value_of(first.positions).shape[0], query.tokens):
             raise Unreadable(f"its cosines and sines {list(value.shape)} of {value.dtype} are in no table that a kernel reads")
         return Tables(first.table, None, first.positions)
 
     def _row(self, factors: tuple[Factor, ...], query: Query, emit: Emit) -> fx.Node:
         """[T,R/2]: what a rotation multiplies a token's columns with, as a tensor of its own."""
-        t = Index() if query.tokens == 1 else Index(0, (("t", 1),))
         part = factors[0].part
         chains = [factor.chain if part is None else factor.chain[-1:] for factor in factors]
         kinds = [torch.complex64] if part is not None else [torch.float32, query.dtype]
-        slab = find_slab(chains, [(t, query.tokens)], kinds, (Index(), len(factors)))
+        slab = find_slab(chains, [(query.token, query.tokens)], kinds, (Index(), len(factors)))
         if slab is None or any(factor.part != part for factor in factors):
             raise Unreadable("its cosines and sines are in no tensor [T,R/2]")
         rows = slab.emit(emit)
@@ -350,7 +360,7 @@ class FuseProloguePass:
 def _ancestors(graph: fx.Graph, marked: dict[fx.Node, int]) -> dict[fx.Node, set[fx.Node]]:
     """For each marked node the marked nodes that it depends on."""
     masks: dict[fx.Node, int] = {}
-    for node in graph.nodes:
+    for node in in_order(graph):
         mask = 0
         for each in node.all_input_nodes:
             mask |= masks[each] | (1 << marked[each] if each in marked else 0)

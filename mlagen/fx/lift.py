@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from mlagen.errors import MlagenError
 from mlagen.fx.config import FusionConfig
 from mlagen.fx.gate import within_limit
 from mlagen.fx.index import Unreadable
+from mlagen.fx.mutation import written_in_place
+from mlagen.fx.nodes import in_order
 from mlagen.fx.query import Query, find_query, used_elsewhere
 from mlagen.fx.report import tell
 from mlagen.fx.rewrite import Writer, finish
+from mlagen.fx.slab import Emit, Slab
 
 logger = logging.getLogger(__name__)
 Q_PREP = torch.ops.mlagen.mla_decode_q_prep.default
@@ -21,7 +25,7 @@ Q_PREP = torch.ops.mlagen.mla_decode_q_prep.default
 def queries(graph: fx.Graph, config: FusionConfig) -> list[Query]:
     """The queries of a graph that the passes may change; why others may not be is logged at debug level."""
     found: list[Query] = []
-    for node in reversed(graph.nodes):
+    for node in reversed(in_order(graph)):
         try:
             query = find_query(node)
         except Unreadable as reason:
@@ -49,6 +53,14 @@ def _unfit(query: Query, config: FusionConfig) -> str | None:
     return None
 
 
+def is_written_in_place(graph: fx.Graph) -> bool:
+    """Whether a node may change a tensor under what reads it, so that no pass can tell what an element is; it is told which."""
+    node = written_in_place(graph)
+    if node is not None:
+        tell(logger, node, "left", f"{node.target} writes in place: the passes read graphs that are functional still")
+    return node is not None
+
+
 class LiftQPrepPass:
     """Replaces absorb, concatenation and quantisation by the operator that stands for them; a rotation before them stays."""
 
@@ -57,25 +69,37 @@ class LiftQPrepPass:
 
     def __call__(self, graph: fx.Graph) -> int:
         """Change the graph; returns the number of queries lifted, of which none leaves the graph untouched."""
-        lifted = [query for query in queries(graph, self.config) if self._lift(graph, query)]
+        if is_written_in_place(graph):
+            return 0
+        writer = Writer(graph)
+        lifted = [query for query in queries(graph, self.config) if self._lift(writer, query)]
         if lifted:
             finish(graph, (node for query in lifted for node in (query.node, *query.inner)))
         return len(lifted)
 
-    def _lift(self, graph: fx.Graph, query: Query) -> bool:
-        node, quant = query.node, query.quant
+    def _lift(self, writer: Writer, query: Query) -> bool:
+        """Put the operator in its place; False, and nothing changed, where it cannot be given what it needs."""
+        node = query.node
         if query.rope_dim and query.q_pe is None:
             tell(logger, node, "left", "its rotary columns are no part of a tensor")
             return False
         if query.weights.view is None:
             tell(logger, node, "left", "W_UK is seen nowhere as [H,P,L]")
             return False
-        emit = functools.partial(Writer(graph).emit, node)
-        w_uk = query.weights.view.emit(emit)
-        q_nope = query.q_nope.emit(emit)
-        q_pe = query.q_pe.emit(emit) if query.q_pe else None
-        options: dict[str, Any] = {"q_dtype": quant.dtype, "fp8_max": quant.limit} if quant else {}
-        new = emit(Q_PREP, q_nope, q_pe, w_uk, quant.scale if quant else None, **options)
+        try:
+            with writer.undoing():
+                new = self._call(functools.partial(writer.emit, node), query, query.weights.view)
+        except (MlagenError, Unreadable) as reason:
+            tell(logger, node, "left", reason, level=logging.WARNING)
+            return False
         node.replace_all_uses_with(new)
         tell(logger, node, "lifted", new.name)
         return True
+
+    def _call(self, emit: Emit, query: Query, weights: Slab) -> fx.Node:
+        quant = query.quant
+        w_uk = weights.emit(emit)
+        q_nope = query.q_nope.emit(emit)
+        q_pe = query.q_pe.emit(emit) if query.q_pe else None
+        options: dict[str, Any] = {"q_dtype": quant.dtype, "fp8_max": quant.limit} if quant else {}
+        return emit(Q_PREP, q_nope, q_pe, w_uk, quant.scale if quant else None, **options)

@@ -183,6 +183,19 @@ def _whole(node: fx.Node) -> View:
     return View(node, tuple(value.shape), tuple(value.stride()), 0)
 
 
+def written_in_place(graph: fx.Graph) -> fx.Node | None:
+    """The first node that writes to its arguments, if there is one; copies to what nothing reads afterwards do not count."""
+    read: set[fx.Node] = set()
+    found = None
+    for node in reversed(graph.nodes):
+        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        if writes and (node.target is not torch.ops.aten.copy_.default or node.args[0] in read):
+            found = node
+        if node.op != "output":
+            read.update(node.all_input_nodes)
+    return found
+
+
 def functional_call(node: object) -> Call | None:
     """The call, where a node is one that was made functional of an operator that returns nothing else."""
     if not is_call(node, auto_functionalized, auto_functionalized_v2):

@@ -56,6 +56,11 @@ class Query:
     rotated: Slab | None
     inner: frozenset[fx.Node]
 
+    @property
+    def token(self) -> Index:
+        """The index that runs over the rows."""
+        return Reader({"t": self.tokens if isinstance(self.tokens, int) else None}).variable("t")
+
 
 def find_query(node: fx.Node) -> Query | None:
     """The query that a node is the end of; None where it looks like none at all.  Raises Unreadable where it is not quite one."""

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -80,7 +81,7 @@ class Reader:
             dim = argument(whole, 1, "dim", 0) % len(shape)
             return source, (*index[:dim], Index(number), *index[dim:])
         lengths, dim = argument(whole, 1, "split_sizes"), argument(whole, 2, "dim", 0) % len(shape)
-        starts = [lengths * number] if isinstance(lengths, int) else list(lengths[:number])
+        starts: list[Any] = list(lengths[:number]) if isinstance(lengths, list | tuple) else [lengths] * number
         if number < 0 or not all(isinstance(each, int) for each in starts):
             raise Unreadable(f"{node.name}: a piece that is counted from the end, or of a symbol's length")
         return source, (*index[:dim], index[dim] + sum(starts), *index[dim + 1 :])
@@ -120,6 +121,8 @@ class Reader:
         source = _input(node)
         dim = argument(node, 1, "dim", 0) % len(index)
         start, step = self._start(node, value_of(source).shape[dim], 2), argument(node, 4, "step", 1)
+        if not isinstance(step, int):
+            raise Unreadable(f"{node.name} takes every so many rows as a symbol says")
         return source, (*index[:dim], index[dim].scaled(step) + start, *index[dim + 1 :])
 
     def _start(self, node: fx.Node, extent: Size, place: int) -> int:
@@ -162,9 +165,10 @@ class Reader:
             if within(index[dim], start, start + 1, self.sizes):
                 return source, (*index[:dim], *index[dim + 1 :])
             return target, index
-        if argument(node, 5, "step", 1) != 1 or not isinstance(extent, int):
+        rows = value_of(source).shape[dim]
+        if argument(node, 5, "step", 1) != 1 or not isinstance(extent, int) or not isinstance(rows, int):
             raise Unreadable(f"{node.name} writes to every other row, or to rows of a symbol's number")
-        if within(index[dim], start, start + value_of(source).shape[dim], self.sizes):
+        if within(index[dim], start, start + rows, self.sizes):
             return source, (*index[:dim], index[dim] + -start, *index[dim + 1 :])
         return target, index
 

@@ -10,6 +10,8 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._inductor.pattern_matcher import stable_topological_sort
 
+from mlagen.errors import MlagenError
+from mlagen.fx.index import Unreadable
 from mlagen.fx.known import untouched
 from mlagen.fx.mutation import functional_call
 from mlagen.fx.nodes import is_call
@@ -28,7 +30,7 @@ class Writer:
         self._calls: list[fx.Node] = []
 
     def emit(self, before: fx.Node, target: Any, *args: Any, shared: bool = False, **kwargs: Any) -> fx.Node:
-        """A call and its value; with `shared`, one that an equal call made earlier will do for."""
+        """A call and its value; with `shared`, one that an equal call made earlier will do for.  Raises Unreadable, MlagenError."""
         key = (target, repr(args), repr(sorted(kwargs.items())))
         if shared and key in self._made:
             return self._made[key]
@@ -36,8 +38,13 @@ class Writer:
             node = self.graph.call_function(target, args, kwargs)
         self._calls.append(node)
         given = torch.fx.map_arg((args, kwargs), lambda each: each.meta["val"])
-        with self.mode:
-            node.meta["val"] = target(*given[0], **given[1])
+        try:
+            with self.mode:
+                node.meta["val"] = target(*given[0], **given[1])
+        except MlagenError:
+            raise
+        except Exception as error:  # whatever torch raises where a value does not suit it
+            raise Unreadable(f"{node.name}: {target}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
         if shared:
             self._made[key] = node
         return node

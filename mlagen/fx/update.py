@@ -71,7 +71,7 @@ def find_update(node: fx.Node, query: Query, fp8: torch.dtype | None = None) -> 
         shape = torch.Size((1, *shape))  # a single entry, without a dimension for it
     if len(shape) not in (2, 3) or shape[-1] != width or (len(shape) == 3 and shape[1] != 1):
         raise Unreadable(f"{node.name} writes {list(shape)}, expected [T, {width}] or [T, 1, {width}]")
-    if not may_be_same(shape[0], query.tokens):
+    if not same_extent(shape[0], query.tokens):
         raise Unreadable(f"{node.name} writes {shape[0]} entries, expected one for each of {query.tokens} rows of the query")
     reader = Reader({"t": shape[0] if isinstance(shape[0], int) else None, "l": query.lora_rank})
     values = Values(reader)
@@ -107,10 +107,10 @@ def _written_by(call: Call, query: Query, fp8: torch.dtype | None) -> Update:
     kv, pe, cache, slots, scale = (call.view(name) for name in names)
     if kv is None or pe is None or cache is None or slots is None or scale is None or not cache.is_whole:
         raise Unreadable(f"{node.name}: {call.name} without a tensor that it needs, or of a part of a cache")
-    if len(kv.shape) != 2 or kv.shape[1] != query.lora_rank or not may_be_same(kv.shape[0], query.tokens):
+    if len(kv.shape) != 2 or kv.shape[1] != query.lora_rank or not same_extent(kv.shape[0], query.tokens):
         raise Unreadable(f"{node.name} writes latents {list(kv.shape)}, expected [{query.tokens}, {query.lora_rank}]")
     tokens, *one = pe.shape[:-1]
-    if pe.shape[-1] != query.rope_dim or one not in ([], [1]) or not may_be_same(tokens, query.tokens):
+    if pe.shape[-1] != query.rope_dim or one not in ([], [1]) or not same_extent(tokens, query.tokens):
         raise Unreadable(f"{node.name} writes rotary columns {list(pe.shape)}, expected [{query.tokens}, {query.rope_dim}]")
     reader = Reader({"t": tokens if isinstance(tokens, int) else None, "l": query.lora_rank})
     values, t, l = Values(reader), reader.variable("t"), reader.variable("l")
@@ -235,12 +235,15 @@ def _slots(reader: Reader, node: fx.Node, target: fx.Node, indices: Sequence[fx.
         if len(shape) == 3 and shape[1] != 1:
             raise Unreadable(f"{node.name} writes whole blocks")
         return _vector(indices[0], entries[0])
+    if any(value_of(each).dim() != 1 for each in indices if each is not None):
+        raise Unreadable(f"{node.name}: blocks and places that are no vectors")
     block, place = (reader.source(each, (reader.variable("t"),)) for each in indices if each is not None)
     size = shape[1]
     divided = is_call(block[0], aten.div.Tensor_mode) and block[0].kwargs.get("rounding_mode") == "floor"
     divided = divided or is_call(block[0], aten.floor_divide.default)
     remains = is_call(place[0], aten.remainder.Scalar)
-    if not (divided and remains and block[0].args[1] == place[0].args[1] == size):
+    divisors = {block[0].args[1], place[0].args[1]} if divided and remains else set()
+    if not isinstance(size, int) or divisors != {size}:
         raise Unreadable(f"{node.name}: blocks and places that are not a slot divided by {size} and what remains")
     sources = [reader.operand(each, index, each.args[0]) for each, index in (block, place)]  # type: ignore[arg-type]
     if reader.source(*sources[0]) != reader.source(*sources[1]):

@@ -1,5 +1,6 @@
 """What is computed at an element: casts, quantisation to fp8, and the products of a rotation."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +38,14 @@ class Quant:
 class Factor:
     """What a rotation multiplies: the way to where it came from, and which part of it where that is complex.
 
-    Where an operator looks a cosine or sine up itself, there is no way, but a row.
+    Where an operator looks a cosine or sine up itself, there is no way, but a row.  `negated` is the way up to where a sign was
+    taken out: what is there has the other sign, and is no place to read the factor from.
     """
 
     chain: tuple[Place, ...]
     part: Literal[0, 1] | None = None
     row: Row | None = None
+    negated: tuple[Place, ...] = ()
 
     @property
     def key(self) -> object:
@@ -158,14 +161,14 @@ class Values:
 
     def _reciprocal(self, node: object) -> fx.Node | None:
         """The scale, where a node is the reciprocal of one."""
-        if not isinstance(node, fx.Node) or value_of(node).numel() != 1:
+        if not isinstance(node, fx.Node) or not _is_one_number(value_of(node)):
             return None
         found = self.reader.source(node, [Index()] * value_of(node).dim())[0]
         return self.scale(argument(found, 0, "self")) if is_call(found, aten.reciprocal.default) else None
 
     def scale(self, node: object) -> fx.Node | None:
         """A node of one fp32 number, [] or [1], that this one shows; None where there is none."""
-        if not isinstance(node, fx.Node) or value_of(node).numel() != 1:
+        if not isinstance(node, fx.Node) or not _is_one_number(value_of(node)):
             return None
         for found, _ in reversed(self.reader.trace(node, [Index()] * value_of(node).dim())):
             value = value_of(found)
@@ -228,7 +231,7 @@ class Values:
         node, index = chain[-1]
         if is_call(node, aten.neg.default):
             sign, found = self.factor((argument(node, 0, "self"), index))
-            return -sign, Factor((*chain, *found.chain), found.part)
+            return -sign, dataclasses.replace(found, negated=(*chain, *found.negated))
         if is_call(node, aten.view_as_real.default):
             part, complex_index = self._part(index)
             return 1, self._complex_factor((argument(node, 0, "self"), complex_index), part, tuple(chain))
@@ -239,7 +242,7 @@ class Values:
         for _, *factors in (term for terms in columns for term in terms):
             for factor in factors:
                 if not is_table(factor):
-                    self.record(factor.chain)
+                    self.record((*factor.negated, *factor.chain))
 
     def _part(self, index: tuple[Index, ...]) -> tuple[Literal[0, 1], tuple[Index, ...]]:
         if index[-1] == Index(0):
@@ -265,6 +268,11 @@ class Values:
             source = argument(node, 0, "self")
             return Factor((*chain, *self.chain((source, (*index, Index(part))))))
         return Factor(chain, part)
+
+
+def _is_one_number(value: torch.Tensor) -> bool:
+    """Whether there is one element, without asking a symbol for its value."""
+    return all(isinstance(extent, int) and extent == 1 for extent in value.shape)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 
 import fx_custom_ops
 import fx_models
@@ -115,6 +116,58 @@ def test_the_graph_itself_is_fused(name):
     assert_close(evaluate(module, inputs), expected)
     sizes = [node for node in module.graph.nodes if node.op == "call_function" and isinstance(node.meta["val"], int)]
     assert not sizes, "torch 2.11's Inductor takes no operator that gives a plain number"
+
+
+@pytest.mark.parametrize("name", ["Einsum", "VllmOps"])
+def test_a_graph_that_is_not_sorted_is_read_all_the_same(name):
+    """As pattern matchers leave it: torch sorts after the custom pass, too."""
+    module, inputs, _ = traced(name)
+    module = copy.deepcopy(module)
+    expected = with_values(module, inputs)
+    nodes = [node for node in module.graph.nodes if node.op == "call_function" and node.users]
+    first = nodes[0]
+    for node in nodes[::-1][: len(nodes) // 2]:
+        first.prepend(node)
+    with pytest.raises(RuntimeError):
+        module.graph.lint()
+    assert FuseProloguePass(CONFIG)(module.graph) == 1
+    module.recompile()
+    assert_close(evaluate(module, inputs), expected)
+
+
+@pytest.mark.parametrize("kind", [FuseProloguePass, LiftQPrepPass])
+def test_a_graph_that_writes_in_place_is_left_alone(kind, caplog):
+    """What q holds depends on when it is read, which no edge of the graph says: one operator would read it later."""
+    caplog.set_level(logging.DEBUG, "mlagen.fx")
+    module, inputs, _ = traced("Einsum")
+    module = copy.deepcopy(module)
+    with_values(module, inputs)
+    product = next(node for node in module.graph.nodes if node.target is aten.bmm.default)
+    q = product.args[0]
+    while q.target is not aten.mm.default:
+        q = q.all_input_nodes[0]
+    with module.graph.inserting_after(product):
+        module.graph.call_function(aten.mul_.Tensor, (q, 2.0))
+    before = str(module.graph)
+    assert kind(CONFIG)(module.graph) == 0
+    assert str(module.graph) == before
+    assert "left as it is: aten.mul_.Tensor writes in place" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [FuseProloguePass, LiftQPrepPass])
+def test_what_torch_refuses_is_taken_back(kind, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("view size is not compatible\nwith more words")
+
+    monkeypatch.setattr("mlagen.fx.fuse.auto_functionalized_v2", refuse)
+    monkeypatch.setattr("mlagen.fx.lift.Q_PREP", refuse)
+    module, inputs, _ = traced("DeepSeek")
+    module = copy.deepcopy(module)
+    with_values(module, inputs)
+    before = str(module.graph)
+    assert kind(CONFIG)(module.graph) == 0
+    assert str(module.graph) == before
+    assert "RuntimeError: view size is not compatible" in caplog.text
 
 
 def like(node, other):

@@ -1,5 +1,7 @@
 """A layer that calls the two operators itself, as models with an opaque attention do: the pair becomes one operator."""
 
+import logging
+
 import fx_models
 import pytest
 import torch
@@ -42,6 +44,18 @@ class UsedTwice(Opaque):
         return (*super().forward(*inputs), self.q_pe)
 
 
+class ScaledByTheCache(Opaque):
+    """A scale that is read from the cache after the update: one operator would wait for itself."""
+
+    def prologue(self, q, kv_c, k_pe, cache, slots, positions):
+        q_pe = torch.ops.mlagen.rope_kv_cache_update(
+            q[..., P:], kv_c, k_pe, cache, slots, positions, self.table, None, self.k_scale, rope_style="gptj", kv_dtype=self.fp8
+        )
+        scale = cache.float().amax() / 1000
+        w_uk = self.kv_b.view(fx_models.H, -1, L)[:, :P]
+        return torch.ops.mlagen.mla_decode_q_prep(q[..., :P], q_pe, w_uk, scale, q_dtype=self.fp8)
+
+
 @pytest.mark.parametrize("kind", [Opaque, InPlace])
 def test_the_pair_is_one_operator(kind):
     layer = kind()
@@ -63,3 +77,13 @@ def test_a_rotated_query_that_something_else_reads_stays():
     x, slots, positions = marked(16)
     run(x, fx_models.new_cache(layer), slots, positions)
     assert seen.graphs[0][0] == seen.graphs[0][1]
+
+
+def test_a_query_scaled_by_what_the_update_wrote_stays(caplog):
+    caplog.set_level(logging.DEBUG, "mlagen.fx")
+    layer = ScaledByTheCache()
+    run, seen, _ = compiled(layer)
+    inputs, cache = marked(16), fx_models.new_cache(layer)
+    assert_as_eager(layer, inputs, run(inputs[0], cache, *inputs[1:]), cache)
+    assert seen.graphs[0][0] == seen.graphs[0][1]
+    assert "is made of what the update returns" in caplog.text
