@@ -68,17 +68,21 @@ def test_without_a_kernel_a_layer_is_stock(build, toy, said, fits):
 
 
 def test_a_kernel_that_cannot_be_had(build, toy, said, monkeypatch):
-    """Serving goes on."""
+    """Serving goes on, and the second layer does not try again what took the first one minutes."""
     from mlagen.errors import MissingKernelError
     from mlagen.integrations.vllm import prologue
 
-    def load(*arguments, **options):
+    tried = []
+
+    def load(spec, *arguments, **options):
+        tried.append(spec)
         raise MissingKernelError("no kernel, and MLAGEN_JIT=0")
 
     monkeypatch.setattr(prologue, "load", load)
     options, batch = toy.Options(), toy.Batch(DECODE, 2)
     stock, ours = build(options, plugin=False), build(options)
     assert torch.equal(stock.run(batch), ours.run(batch))
+    assert len(tried) == 1
     assert ours.attentions[0].mlagen.fits, "a graph does not depend on what was to be had when it was made"
     assert ["no kernel, and MLAGEN_JIT=0" in line for line in said] == [False, True], "once for both layers"
 

@@ -17,6 +17,9 @@ from mlagen.target import Target, find_target
 
 _ANNOUNCED: set[tuple[PrologueSpec, torch.device]] = set()
 
+_FAILED: dict[tuple[PrologueSpec, torch.device], MlagenError] = {}
+"""Kernels that could not be had, and why: a build that fails takes as long as one that does not, and a model has many layers."""
+
 
 class Prologue:
     """The choice between both paths of one layer for each batch.
@@ -120,13 +123,23 @@ def _target(device: torch.device) -> Target:
 
 
 def _load(spec: PrologueSpec, device: torch.device, target: Target, layer: str) -> Kernel:
-    """The kernel, with two lines that say what takes time, and that decode is fused; once for all layers with this kernel."""
-    is_new = (spec, device) not in _ANNOUNCED
-    _ANNOUNCED.add((spec, device))
+    """The kernel, with two lines that say what takes time, and that decode is fused; once for all layers with this kernel.
+
+    Raises MlagenError, for each of these layers the same one.
+    """
+    key = spec, device
+    if key in _FAILED:
+        raise _FAILED[key]
+    is_new = key not in _ANNOUNCED
+    _ANNOUNCED.add(key)
     if is_new:
         logger().info("mlagen: loading or building the kernel of %s, and of every layer like it", layer)
     started = time.perf_counter()
-    kernel = load(spec, device, arch=target.arch)
+    try:
+        kernel = load(spec, device, arch=target.arch)
+    except MlagenError as error:
+        _FAILED[key] = error
+        raise
     if is_new:
         logger().info(
             "mlagen: decode of %s, and of every layer like it, is fused: %s for %s on %s, ready after %.1f s",
