@@ -32,13 +32,13 @@ def compiled(toy, build, monkeypatch):
     from vllm.compilation.backends import VllmBackend
     from vllm.compilation.passes.inductor_pass import get_pass_context
     from vllm.compilation.passes.pass_manager import PostGradPassManager
-    from vllm.config import CompilationConfig, SchedulerConfig, VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
     from vllm.config.compilation import CompilationMode, PassConfig
 
     from mlagen.integrations.vllm import graph_route
 
     for owner, name in (
-        (VllmBackend, "configure_post_pass"), (VllmConfig, "_set_compile_ranges"), (CompilationConfig, "compute_hash"),
+        (VllmBackend, "configure_post_pass"), (VllmConfig, "_set_compile_ranges"), (VllmConfig, "compute_hash"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, owner.__dict__[name])  # and back again at the end
     graph_route.add_pass.cache_clear()
@@ -214,7 +214,7 @@ def test_what_a_compiled_graph_depends_on(compiled, monkeypatch):
     config = model.config
 
     def names():
-        return graph.DecodePass(config).uuid(), config.compilation_config.compute_hash()
+        return graph.DecodePass(config).uuid(), config.compute_hash()
 
     (uuid, named), found = names(), []
     assert names() == (uuid, named)
