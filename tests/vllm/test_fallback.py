@@ -39,6 +39,14 @@ def test_a_layer_that_does_not_fit(build, toy, said, word):
     assert "model.layers.0.self_attn.attn" in line
 
 
+def test_a_request_that_shall_not_feel_its_batch(build, toy, said, monkeypatch):
+    """A prefill beside it would change its bits: vLLM's decode rounds elsewhere than the kernel."""
+    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True)
+    model = build(toy.Options())
+    assert not any(each.mlagen.fits for each in model.attentions)
+    assert ["VLLM_BATCH_INVARIANT" in line for line in said] == [True]
+
+
 def test_another_rotation(build, toy):
     """MRoPE has three positions for a token; whatever overrides vLLM's rotation is not known."""
     from vllm.config import set_current_vllm_config
