@@ -10,7 +10,7 @@ from mlagen.errors import MlagenError
 from mlagen.integrations.vllm.choice import Unfit, choose, refuse_unknown
 from mlagen.integrations.vllm.decode import Decode
 from mlagen.integrations.vllm.log import logger, stand_aside
-from mlagen.integrations.vllm.weights import find_weights
+from mlagen.integrations.vllm.weights import find_weights, on_load
 from mlagen.runtime import Kernel, device_arch, load
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target, find_target
@@ -42,13 +42,14 @@ class Prologue:
     def prepare(self, wrapper: Any, dtype: torch.dtype) -> None:
         """Load the kernel and pack the weights, or say in the log why vLLM's path stays; `dtype` is the model's.
 
-        Weights that are loaded again are packed again, in place.
+        Weights that are loaded again are packed again, in place.  Raises MlagenError where these cannot be: graphs that were captured
+        would go on with the old ones.
         """
         attn = wrapper.mla_attn
+        if self.decode is not None:
+            self.decode.repack(find_weights(attn))
+            return
         try:
-            if self.decode is not None:
-                self.decode.repack(find_weights(attn))
-                return
             self.spec = None
             refuse_unknown(wrapper)
             weights = find_weights(attn)
@@ -56,7 +57,8 @@ class Prologue:
             target = _target(device)
             choice = choose(wrapper, dtype, weights.kind, target)
             self.spec = choice.spec
-            self.decode = Decode(_load(choice.spec, device, target, attn.layer_name), choice, weights)
+            self.decode = decode = Decode(_load(choice.spec, device, target, attn.layer_name), choice, weights)
+            on_load(attn, weights.w_uk, lambda: decode.repack(find_weights(attn)))
         except (Unfit, MlagenError) as error:
             self.decode = None
             stand_aside(attn.layer_name, str(error))
