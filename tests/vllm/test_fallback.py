@@ -47,6 +47,21 @@ def test_a_request_that_shall_not_feel_its_batch(build, toy, said, monkeypatch):
     assert ["VLLM_BATCH_INVARIANT" in line for line in said] == [True]
 
 
+def test_weights_that_are_elsewhere(build, toy, said, monkeypatch):
+    """As those that vLLM has offloaded."""
+    from vllm.platforms import current_platform
+
+    model = build(toy.Options())
+    said.clear()
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    for each in model.attentions:
+        each.mlagen.decode = None
+        each.mlagen.prepare(model.module.layers[0], torch.bfloat16)
+        assert not each.mlagen.fits
+    (line,) = said
+    assert "weights on device cpu, in a model on cuda" in line
+
+
 def test_another_rotation(build, toy):
     """MRoPE has three positions for a token; whatever overrides vLLM's rotation is not known."""
     from vllm.config import set_current_vllm_config

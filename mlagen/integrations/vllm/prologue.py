@@ -116,7 +116,11 @@ class Prologue:
 
 
 def _target(device: torch.device) -> Target:
-    """The target of a GPU; on the CPU, where tests run, that of the GPU which vLLM believes in.  Raises TargetError."""
+    """The target of a GPU; on the CPU, where tests run, that of the GPU which vLLM believes in.  Raises TargetError, Unfit."""
+    from vllm.platforms import current_platform
+
+    if device.type != current_platform.device_type:  # a kernel for the CPU would be found, and refuse the first batch
+        raise Unfit(f"weights on device {device}, in a model on {current_platform.device_type}")
     if device.type == "cuda":
         return find_target(device_arch(torch.cuda.current_device() if device.index is None else device.index))
     from vllm.platforms.rocm import on_gfx942
