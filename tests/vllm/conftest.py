@@ -33,6 +33,7 @@ def build(toy, monkeypatch) -> Callable:
     assert replaced, "register() replaces the layer"
     monkeypatch.setattr(log, "_SAID", set())
     monkeypatch.setattr(prologue, "_ANNOUNCED", set())
+    monkeypatch.setattr(prologue, "_FAILED", {})
 
     def build_(options, *, plugin: bool = True):
         monkeypatch.setattr(custom_op, "op_registry_oot", replaced if plugin else {})

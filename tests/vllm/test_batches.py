@@ -141,6 +141,36 @@ def test_weights_are_loaded_again_as_vllm_does_it(build, toy):
     assert len(build.decodes) == 2
 
 
+def test_weights_that_a_trainer_loads(build, toy):
+    """A model's load_weights puts them where they are, and nobody processes the layer: stock decodes with a view of kv_b_proj."""
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    options, batch = toy.Options(), toy.Batch(DECODE, 3)
+    stock, ours = build(options, plugin=False), build(options)
+    where = [each.mlagen.decode.packed.data_ptr() for each in ours.attentions]
+    for model in (stock, ours):
+        for attn in model.attentions:
+            weight = attn.kv_b_proj.weight
+            getattr(weight, "weight_loader", default_weight_loader)(weight, -0.5 * weight.data)
+    assert close(stock.run(batch), ours.run(batch))
+    assert len(build.decodes) == 2
+    assert where == [each.mlagen.decode.packed.data_ptr() for each in ours.attentions], "captured graphs read them there"
+
+
+def test_weights_that_cannot_be_packed_again(build, toy, monkeypatch):
+    """Are an error: captured graphs would go on with the old ones."""
+    from mlagen.errors import ArgumentError
+
+    def pack_weights(*arguments):
+        raise ArgumentError("scale: some scales are not finite")
+
+    ours = build(toy.Options())
+    (attn, _) = ours.attentions
+    monkeypatch.setattr(attn.mlagen.decode.kernel, "pack_weights", pack_weights)
+    with pytest.raises(ArgumentError, match="not finite"):
+        attn.process_weights_after_loading(torch.bfloat16)
+
+
 @pytest.mark.parametrize("rope", [{"rope": "gptj"}, {"rope": "neox", "fp32_table": True}, {"rope": "none"}])
 def test_a_query_scaled_by_position(build, toy, rope):
     """Llama 4's scaling, as Mistral-Large-3 has it: of the rotated query in vLLM, of the query before the kernel here."""

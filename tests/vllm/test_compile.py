@@ -1,5 +1,7 @@
 """The plugin in models that vLLM compiles: whole, split at its attention operators, and split where a user says."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -72,12 +74,28 @@ def test_a_users_list_still_reads_as_one_with_attention(build):
 
 
 def test_compiled_graphs_have_names_of_their_own(build, monkeypatch):
-    """vLLM finds them on disk by a hash; those of a stock vLLM call other operators."""
-    from vllm.config import CompilationConfig
+    """vLLM finds them on disk by a hash.  Those of a stock vLLM, and of another route, call other operators.
 
-    with_plugin = CompilationConfig(splitting_ops=[]).compute_hash()
-    monkeypatch.setattr(CompilationConfig, "compute_hash", CompilationConfig.compute_hash.__wrapped__)
-    assert CompilationConfig(splitting_ops=[]).compute_hash() != with_plugin
+    Where one model's configuration has set the variable for its processes, the next model in them is stock's: without the variable
+    in the hash it would be given the graph that MLAGEN_VLLM=1 made, whose operator has no kernel in its layers.
+    """
+    from vllm.config import VllmConfig
+
+    from mlagen.integrations.vllm import graph_route
+
+    monkeypatch.setattr(graph_route, "add_pass", lambda: None)  # which would stay for the tests behind this one
+
+    def named(variable, additional=None):
+        monkeypatch.setenv("MLAGEN_VLLM", variable)
+        return VllmConfig(additional_config=additional or {}).compute_hash()
+
+    off, layer, graph = (named(each) for each in ("config", "1", "graph"))
+    assert named("yes") == off
+    assert len({off, layer, graph}) == 3
+    asked = [named("config", {"mlagen": each}) for each in (True, "graph", False)]
+    assert len({*asked, off, layer, graph}) == 6
+    monkeypatch.setattr(VllmConfig, "compute_hash", inspect.unwrap(VllmConfig.compute_hash))
+    assert named("1") == named("graph") not in (off, layer, graph)
 
 
 def test_a_query_scaled_by_position(toy, build):

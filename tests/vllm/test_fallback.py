@@ -39,6 +39,29 @@ def test_a_layer_that_does_not_fit(build, toy, said, word):
     assert "model.layers.0.self_attn.attn" in line
 
 
+def test_a_request_that_shall_not_feel_its_batch(build, toy, said, monkeypatch):
+    """A prefill beside it would change its bits: vLLM's decode rounds elsewhere than the kernel."""
+    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True)
+    model = build(toy.Options())
+    assert not any(each.mlagen.fits for each in model.attentions)
+    assert ["VLLM_BATCH_INVARIANT" in line for line in said] == [True]
+
+
+def test_weights_that_are_elsewhere(build, toy, said, monkeypatch):
+    """As those that vLLM has offloaded."""
+    from vllm.platforms import current_platform
+
+    model = build(toy.Options())
+    said.clear()
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    for each in model.attentions:
+        each.mlagen.decode = None
+        each.mlagen.prepare(model.module.layers[0], torch.bfloat16)
+        assert not each.mlagen.fits
+    (line,) = said
+    assert "weights on device cpu, in a model on cuda" in line
+
+
 def test_another_rotation(build, toy):
     """MRoPE has three positions for a token; whatever overrides vLLM's rotation is not known."""
     from vllm.config import set_current_vllm_config
@@ -68,17 +91,21 @@ def test_without_a_kernel_a_layer_is_stock(build, toy, said, fits):
 
 
 def test_a_kernel_that_cannot_be_had(build, toy, said, monkeypatch):
-    """Serving goes on."""
+    """Serving goes on, and the second layer does not try again what took the first one minutes."""
     from mlagen.errors import MissingKernelError
     from mlagen.integrations.vllm import prologue
 
-    def load(*arguments, **options):
+    tried = []
+
+    def load(spec, *arguments, **options):
+        tried.append(spec)
         raise MissingKernelError("no kernel, and MLAGEN_JIT=0")
 
     monkeypatch.setattr(prologue, "load", load)
     options, batch = toy.Options(), toy.Batch(DECODE, 2)
     stock, ours = build(options, plugin=False), build(options)
     assert torch.equal(stock.run(batch), ours.run(batch))
+    assert len(tried) == 1
     assert ours.attentions[0].mlagen.fits, "a graph does not depend on what was to be had when it was made"
     assert ["no kernel, and MLAGEN_JIT=0" in line for line in said] == [False, True], "once for both layers"
 

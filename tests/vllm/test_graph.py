@@ -32,13 +32,13 @@ def compiled(toy, build, monkeypatch):
     from vllm.compilation.backends import VllmBackend
     from vllm.compilation.passes.inductor_pass import get_pass_context
     from vllm.compilation.passes.pass_manager import PostGradPassManager
-    from vllm.config import CompilationConfig, SchedulerConfig, VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
     from vllm.config.compilation import CompilationMode, PassConfig
 
     from mlagen.integrations.vllm import graph_route
 
     for owner, name in (
-        (VllmBackend, "configure_post_pass"), (VllmConfig, "_set_compile_ranges"), (CompilationConfig, "compute_hash"),
+        (VllmBackend, "configure_post_pass"), (VllmConfig, "_set_compile_ranges"), (VllmConfig, "compute_hash"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, owner.__dict__[name])  # and back again at the end
     graph_route.add_pass.cache_clear()
@@ -199,12 +199,18 @@ def test_a_layer_without_a_kernel_is_left_alone(compiled, build, toy, monkeypatc
     assert only.python_code("self").src == text
 
 
-def test_a_table_in_fp32_stays(compiled, build, toy):
-    """vLLM's RoPE rounds to the model's dtype only where the query is written then, and its k_pe stays in fp32."""
+def test_a_table_in_fp32_stays(compiled, build, toy, said):
+    """vLLM's RoPE rounds to the model's dtype only where the query is written then, and its k_pe stays in fp32.
+
+    The log, which has said that the kernel is ready, says once that vLLM's path is kept all the same.
+    """
     stock, ours = (compiled(plugin=plugin, fp32_table=True) for plugin in (False, True))
     batch = toy.Batch(*DECODES[0])
     assert torch.equal(stock.run(batch), ours.run(batch))
     assert not build.decodes
+    (line,) = [line for line in said if "keeps vLLM's own path" in line]
+    assert ours.attentions[0].layer_name in line
+    assert "torch.float32" in line
 
 
 def test_what_a_compiled_graph_depends_on(compiled, monkeypatch):
@@ -214,7 +220,7 @@ def test_what_a_compiled_graph_depends_on(compiled, monkeypatch):
     config = model.config
 
     def names():
-        return graph.DecodePass(config).uuid(), config.compilation_config.compute_hash()
+        return graph.DecodePass(config).uuid(), config.compute_hash()
 
     (uuid, named), found = names(), []
     assert names() == (uuid, named)

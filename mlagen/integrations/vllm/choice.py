@@ -27,6 +27,7 @@ class Choice:
 
 def refuse_unknown(wrapper: Any) -> None:
     """Raises Unfit for an MLA layer of a kind that the kernel does not do, or that was not tested with it."""
+    from vllm import envs
     from vllm.platforms import current_platform
 
     attn = wrapper.mla_attn
@@ -42,6 +43,8 @@ def refuse_unknown(wrapper: Any) -> None:
         "sliding window attention": attn.sliding_window is not None,
         "attention that is called without an operator": attn.use_direct_call,
         "weights packed for AMX": attn.is_amx_bmm_enabled,
+        # A request decodes by the kernel, and by vLLM's operators as soon as a prefill is in its batch.
+        "VLLM_BATCH_INVARIANT": envs.VLLM_BATCH_INVARIANT,
     }
     for reason, holds in facts.items():
         if holds:

@@ -17,7 +17,7 @@ from mlagen.fx.query import behind
 from mlagen.fx.reader import value_of
 from mlagen.fx.rewrite import Writer, finish
 from mlagen.integrations.vllm.graph_route import decode_limit
-from mlagen.integrations.vllm.log import logger
+from mlagen.integrations.vllm.log import logger, stand_aside
 from mlagen.integrations.vllm.site import OUTPUT, Site, find_site, is_dead, layer_of
 
 OURS_OUTPUT = 2
@@ -72,7 +72,7 @@ class DecodePass:
                 continue
             if name is not None:
                 calls.append((node, name))
-        found = self._sites(calls)
+        found, left = self._sites(calls)
         if found:
             dropped = behind({site.node for site in found}) | {node for node in graph.nodes if is_dead(node)}
             writer = Writer(graph)
@@ -82,9 +82,12 @@ class DecodePass:
         if calls:
             text = "mlagen: in a graph for up to %d tokens decode of %d of %d MLA layers is fused"
             logger().info(text, self.limit, len(found), len(calls))
+        if left:
+            stand_aside(*left[0])
 
-    def _sites(self, calls: list[tuple[fx.Node, str]]) -> list[Site]:
-        kernels, found = kernels_of(self.layers), []
+    def _sites(self, calls: list[tuple[fx.Node, str]]) -> tuple[list[Site], list[tuple[str, str]]]:
+        """The sites of these calls, and the other layers that have a kernel, of which the log says that it is ready, with why."""
+        kernels, found, left = kernels_of(self.layers), [], []
         named = {name for _, name in calls}
         others = [name for name, kernel in kernels.items() if kernel is None and name not in named]
         for node, name in calls:
@@ -98,7 +101,9 @@ class DecodePass:
                 found.append(find_site(node, prologue.spec, table))
             except Unreadable as reason:
                 logger().debug("mlagen: %s, layer %s: left as it is: %s", node.name, name, reason)
-        return found
+                if kernels.get(name) is not None:
+                    left.append((name, f"its graph is not as the wrapper makes it, {reason}"))
+        return found, left
 
 
 def _replace(writer: Writer, site: Site) -> None:

@@ -22,12 +22,11 @@ def add_pass() -> None:
     - compiled graphs on disk, which vLLM finds without asking its passes, are named by what they depend on, too.
     """
     from vllm.compilation.backends import VllmBackend
-    from vllm.config import CompilationConfig, VllmConfig
+    from vllm.config import VllmConfig
 
     backend: Any = VllmBackend
     configs: Any = VllmConfig
-    compilation: Any = CompilationConfig
-    configure, set_ranges, compute_hash = backend.configure_post_pass, configs._set_compile_ranges, compilation.compute_hash
+    configure, set_ranges, compute_hash = backend.configure_post_pass, configs._set_compile_ranges, configs.compute_hash
 
     @functools.wraps(configure)
     def configure_post_pass(self: Any) -> None:
@@ -51,16 +50,17 @@ def add_pass() -> None:
     @functools.wraps(compute_hash)
     def compute_hash_with_kernels(self: Any) -> str:
         digest: str = compute_hash(self)
-        if not self.static_forward_context:  # a config before its model, in a process that may compile nothing
+        layers = self.compilation_config.static_forward_context
+        if not layers or not _is_rewritten(self):  # a config before its model, in a process that may compile nothing
             return digest
         from mlagen.integrations.vllm.graph import kernels_of, source_digest
 
-        kernels = sorted(kernels_of(self.static_forward_context).items())
+        kernels = sorted(kernels_of(layers).items())
         return hashlib.sha256(f"{digest} {source_digest()} {kernels}".encode()).hexdigest()
 
     backend.configure_post_pass = configure_post_pass
     configs._set_compile_ranges = set_compile_ranges
-    compilation.compute_hash = compute_hash_with_kernels
+    configs.compute_hash = compute_hash_with_kernels
 
 
 def _is_rewritten(config: Any) -> bool:

@@ -10,12 +10,15 @@ from mlagen.errors import MlagenError
 from mlagen.integrations.vllm.choice import Unfit, choose, refuse_unknown
 from mlagen.integrations.vllm.decode import Decode
 from mlagen.integrations.vllm.log import logger, stand_aside
-from mlagen.integrations.vllm.weights import find_weights
+from mlagen.integrations.vllm.weights import find_weights, on_load
 from mlagen.runtime import Kernel, device_arch, load
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target, find_target
 
 _ANNOUNCED: set[tuple[PrologueSpec, torch.device]] = set()
+
+_FAILED: dict[tuple[PrologueSpec, torch.device], MlagenError] = {}
+"""Kernels that could not be had, and why: a build that fails takes as long as one that does not, and a model has many layers."""
 
 
 class Prologue:
@@ -39,13 +42,14 @@ class Prologue:
     def prepare(self, wrapper: Any, dtype: torch.dtype) -> None:
         """Load the kernel and pack the weights, or say in the log why vLLM's path stays; `dtype` is the model's.
 
-        Weights that are loaded again are packed again, in place.
+        Weights that are loaded again are packed again, in place.  Raises MlagenError where these cannot be: graphs that were captured
+        would go on with the old ones.
         """
         attn = wrapper.mla_attn
+        if self.decode is not None:
+            self.decode.repack(find_weights(attn))
+            return
         try:
-            if self.decode is not None:
-                self.decode.repack(find_weights(attn))
-                return
             self.spec = None
             refuse_unknown(wrapper)
             weights = find_weights(attn)
@@ -53,7 +57,8 @@ class Prologue:
             target = _target(device)
             choice = choose(wrapper, dtype, weights.kind, target)
             self.spec = choice.spec
-            self.decode = Decode(_load(choice.spec, device, target, attn.layer_name), choice, weights)
+            self.decode = decode = Decode(_load(choice.spec, device, target, attn.layer_name), choice, weights)
+            on_load(attn, weights.w_uk, lambda: decode.repack(find_weights(attn)))
         except (Unfit, MlagenError) as error:
             self.decode = None
             stand_aside(attn.layer_name, str(error))
@@ -111,7 +116,11 @@ class Prologue:
 
 
 def _target(device: torch.device) -> Target:
-    """The target of a GPU; on the CPU, where tests run, that of the GPU which vLLM believes in.  Raises TargetError."""
+    """The target of a GPU; on the CPU, where tests run, that of the GPU which vLLM believes in.  Raises TargetError, Unfit."""
+    from vllm.platforms import current_platform
+
+    if device.type != current_platform.device_type:  # a kernel for the CPU would be found, and refuse the first batch
+        raise Unfit(f"weights on device {device}, in a model on {current_platform.device_type}")
     if device.type == "cuda":
         return find_target(device_arch(torch.cuda.current_device() if device.index is None else device.index))
     from vllm.platforms.rocm import on_gfx942
@@ -120,13 +129,23 @@ def _target(device: torch.device) -> Target:
 
 
 def _load(spec: PrologueSpec, device: torch.device, target: Target, layer: str) -> Kernel:
-    """The kernel, with two lines that say what takes time, and that decode is fused; once for all layers with this kernel."""
-    is_new = (spec, device) not in _ANNOUNCED
-    _ANNOUNCED.add((spec, device))
+    """The kernel, with two lines that say what takes time, and that decode is fused; once for all layers with this kernel.
+
+    Raises MlagenError, for each of these layers the same one.
+    """
+    key = spec, device
+    if key in _FAILED:
+        raise _FAILED[key]
+    is_new = key not in _ANNOUNCED
+    _ANNOUNCED.add(key)
     if is_new:
         logger().info("mlagen: loading or building the kernel of %s, and of every layer like it", layer)
     started = time.perf_counter()
-    kernel = load(spec, device, arch=target.arch)
+    try:
+        kernel = load(spec, device, arch=target.arch)
+    except MlagenError as error:
+        _FAILED[key] = error
+        raise
     if is_new:
         logger().info(
             "mlagen: decode of %s, and of every layer like it, is fused: %s for %s on %s, ready after %.1f s",

@@ -1,5 +1,7 @@
 """W_UK as vLLM's MLAAttention prepares it, in the words of Kernel.pack_weights."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,3 +33,25 @@ def find_weights(attn: Any) -> Weights:
     if w_uk is None:
         raise Unfit("W_UK in none of the forms W_UK_T and AITER's W_K")
     return Weights(w_uk.data, None, None)  # a view of kv_b_proj where that is not quantised
+
+
+def on_load(attn: Any, w_uk: torch.Tensor, changed: Callable[[], None]) -> None:
+    """Have `changed` called whenever kv_b_proj is loaded in place, where `w_uk` is a view of it.
+
+    vLLM's own reloading processes the layer again.  Trainers that call the model's load_weights between two steps do not, and with
+    vLLM's operators need not: the view has the new numbers.
+    """
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    weight = getattr(attn.kv_b_proj, "weight", None)
+    if weight is None or weight.untyped_storage().data_ptr() != w_uk.untyped_storage().data_ptr():
+        return
+    load = getattr(weight, "weight_loader", default_weight_loader)
+
+    @functools.wraps(load)
+    def load_and_tell(*args: Any, **options: Any) -> Any:
+        found = load(*args, **options)
+        changed()
+        return found
+
+    weight.weight_loader = load_and_tell
