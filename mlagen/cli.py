@@ -364,11 +364,11 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _warning_text(message: Warning | str, category: type[Warning], *where: Any) -> str:
+def _warning_text(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """A warning of mlagen's own as one line, like an error: who types a command need not see the code that warned."""
     if category.__module__.partition(".")[0] == "mlagen":
         return f"mlagen: {_one_line(str(message))}\n"
-    return _python_text(message, category, *where)
+    return _python_text(message, category, filename, lineno, line)
 
 
 def _one_line(text: str) -> str:
