@@ -1,4 +1,4 @@
-"""The IR: typed tensors, the six stages of the prologue, and the Program that orders them.
+"""The IR: typed tensors, the seven kinds of stages of a prologue, and the Program that orders them.
 
 A Program is in single assignment: every stage names its result once, and reads program inputs or earlier results.  Dimensions are
 integers or symbols ("T" tokens, "H" heads of this rank, "K" its KV heads, "N" cache slots, "X" rotary positions), so one program
