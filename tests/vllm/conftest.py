@@ -11,6 +11,13 @@ ARCH = os.environ.get("VLLM_TEST_ARCH", "gfx950")
 
 
 @pytest.fixture(scope="session")
+def once() -> None:
+    """For tests of what does not depend on the architecture, and takes processes or compilers: they run on one of them."""
+    if ARCH != "gfx950":
+        pytest.skip("does not depend on the architecture: runs on gfx950")
+
+
+@pytest.fixture(scope="session")
 def toy() -> ModuleType:
     """vllm_toy, which imports vLLM."""
     import fake_rocm

@@ -32,7 +32,7 @@ print("compiled", compilation_counter.num_backend_compilations)
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(once, tmp_path):
     """start(variables): what a process says of itself, of its prefill and of its decode, and how many graphs it compiled."""
 
     def start_(**variables):

@@ -132,6 +132,7 @@ def test_batches_of_each_kind(compiled, build, toy, name):
         )
 
 
+@pytest.mark.usefixtures("once")
 def test_a_graph_outside_the_range_is_stocks(compiled, toy):
     """To the byte; the range ends where a decode does, with or without the layers being ours."""
     texts = []
@@ -148,6 +149,7 @@ def test_a_graph_outside_the_range_is_stocks(compiled, toy):
     assert stock[MAX_SEQS] != ours[MAX_SEQS]
 
 
+@pytest.mark.usefixtures("once")
 def test_a_users_own_pass_keeps_its_slot(compiled, toy):
     """It runs for all ranges, and first: it sees vLLM's operators."""
     from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
@@ -167,6 +169,7 @@ def test_a_users_own_pass_keeps_its_slot(compiled, toy):
     assert OURS in compiled.graphs[MAX_SEQS]
 
 
+@pytest.mark.usefixtures("once")
 def test_vllms_own_fusion_of_rope_and_the_cache_write(compiled, build, toy):
     """It comes first, and what it leaves is found; outside of the range it stays."""
     stock, ours = compiled(plugin=False), compiled(fuse=True)
@@ -178,6 +181,7 @@ def test_vllms_own_fusion_of_rope_and_the_cache_write(compiled, build, toy):
     assert compiled.graphs[max(compiled.graphs)].count("fused_rope_unified_mla_kv_cache_update.default") == 2
 
 
+@pytest.mark.usefixtures("once")
 def test_a_layer_without_a_kernel_is_left_alone(compiled, build, toy, monkeypatch):
     found, model = passes_of(monkeypatch), compiled("neox")
     model.attentions[1].mlagen = None
@@ -282,7 +286,7 @@ CAUGHT = {}
 
 
 @pytest.fixture(params=KINDS)
-def caught(request, compiled, toy, monkeypatch):
+def caught(request, once, compiled, toy, monkeypatch):
     """The pass, and a function that copies the graph of two layers that came to it."""
     if request.param not in CAUGHT:
         rope, config, fuse = KINDS[request.param]

@@ -42,8 +42,8 @@ class Prologue:
     def prepare(self, wrapper: Any, dtype: torch.dtype) -> None:
         """Load the kernel and pack the weights, or say in the log why vLLM's path stays; `dtype` is the model's.
 
-        Weights that are loaded again are packed again, in place.  Raises MlagenError where these cannot be: captured graphs would
-        go on with the old ones.
+        Weights that are loaded again are packed again, in place.  Raises MlagenError where they cannot be: captured graphs would go
+        on with the old ones.
         """
         attn = wrapper.mla_attn
         if self.decode is not None:
