@@ -64,7 +64,8 @@ def test_angles_that_are_not_looked_up_by_the_positions_as_they_are(kind, dynami
     run, seen, _ = compiled(layer, dynamic=None if dynamic else False)
     inputs, cache = (marked(16) if dynamic else fx_models.batch(16)), fx_models.new_cache(layer)
     assert_as_eager(layer, inputs, run(inputs[0], cache, *inputs[1:]), cache)
-    assert calls(seen.graphs[0][1], "mlagen.decode_prologue_weights") == (kind is not OneAngle)
+    fused = kind in (EverySecond, Doubled)
+    assert calls(seen.graphs[0][1], "mlagen.decode_prologue_weights") == fused
 
 
 class Blocks(fx_models.Vllm):
