@@ -121,7 +121,8 @@ class _Finder:
         except Unreadable:
             return None
         if first is None:
-            return self._none_or_reversed()
+            self._refuse_reversed()
+            return None
         second = self._product(Index(1))
         moved = [] if second is None else [dim for dim in range(3) if second[1][dim] == first[1][dim] + 1]
         if second is None or second[0] is not first[0] or len(moved) != 1:
@@ -139,7 +140,7 @@ class _Finder:
         self.values.follow(latent)
         return self._with_rotary(rank, q_nope, weights, dtype)
 
-    def _none_or_reversed(self) -> None:
+    def _refuse_reversed(self) -> None:
         """Raises Unreadable where the last column is what the first should be."""
         try:
             is_reversed = self._product(Index(self.width - 1)) is not None
