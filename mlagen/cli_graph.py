@@ -6,6 +6,7 @@ import importlib
 import json
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,10 +61,12 @@ def explain_graph(
         failure = run()
     if as_json:
         print(json.dumps({"program": program, "failure": failure, "graphs": [_as_dict(each) for each in reports]}, indent=1))
-    else:
+    elif reports:
         _print(reports)
     if failure:
-        raise VerificationError(f"{program} {failure}; what is above was seen before")
+        raise VerificationError(
+            f"{program} {failure}; {'what is above was seen before' if reports else 'it had compiled nothing yet'}"
+        )
     if not reports:
         raise VerificationError(
             f"{program} compiled nothing: call a torch.compile'd function in it, with inputs, under torch.no_grad()"
@@ -99,8 +102,17 @@ def _run(words: list[str], folder: Path, call: Callable[[], object]) -> str | No
             return None if end.code in (None, 0) else f"ended with exit status {end.code}"
         except Exception as error:
             first = str(error).strip().partition("\n")[0]
-            return f"raised {type(error).__name__}: {first}"
+            return f"raised {type(error).__name__}: {first}{_place(error, folder)}"
     return None
+
+
+def _place(error: Exception, folder: Path) -> str:
+    """The last line of the program's own folder that an exception came through, in brackets; torch's own lines say nothing."""
+    own = folder.resolve()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if own == Path(frame.filename).resolve().parent:
+            return f" ({Path(frame.filename).name}:{frame.lineno})"
+    return ""
 
 
 @contextlib.contextmanager

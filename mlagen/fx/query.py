@@ -19,6 +19,7 @@ aten = torch.ops.aten
 MODEL_TYPES = (torch.bfloat16, torch.float16)
 ENDS = (aten.cat.default, aten.slice_scatter.default, *CASTS)
 """What the last operator of a query is: a cast to fp8, or what puts its two parts together."""
+PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -68,9 +69,11 @@ def find_query(node: fx.Node) -> Query | None:
         return None
     value = value_of(node)
     shape, kinds = value.shape, (*MODEL_TYPES, *FP8_TYPES)
-    if value.dim() != 3 or value.dtype not in kinds or not all(isinstance(each, int) for each in shape[1:]):
+    if value.dtype not in kinds or (node.target in CASTS and value.dtype not in FP8_TYPES):
         return None
-    if node.target in CASTS and value.dtype not in FP8_TYPES:
+    if value.dim() == 4 and _starts_with_product(node):
+        raise Unreadable(f"a query of four dimensions {list(shape)}, expected [T,H,L+R]: view it so before the parts are joined")
+    if value.dim() != 3 or not all(isinstance(each, int) for each in shape[1:]):
         return None
     return _Finder(node, shape[0], int(shape[1]), int(shape[2])).find()
 
@@ -84,6 +87,21 @@ def _is_end(node: fx.Node) -> bool:
         source = argument(node, 0, "self")
         return value_of(node).dtype in FP8_TYPES and isinstance(source, fx.Node) and value_of(source).dim() < 3
     return is_call(node, *ENDS)
+
+
+def _starts_with_product(node: fx.Node) -> bool:
+    """Whether the first of several columns, of whatever dimensions, is one of a bmm, and the last is none."""
+    *rows, width = value_of(node).shape
+    if not isinstance(width, int):
+        return False
+    values = Values(Reader({str(dim): rows[dim] if isinstance(rows[dim], int) else None for dim in range(len(rows))}))
+    index = [values.reader.variable(str(dim)) for dim in range(len(rows))]
+    try:
+        ends = [values.quantization((node, (*index, Index(column))))[0] for column in (0, width - 1)]
+        first, last = (values.chain(end)[-1][0] for end in ends)
+    except Unreadable:
+        return False
+    return is_call(first, *PRODUCTS) and not is_call(last, *PRODUCTS)
 
 
 class _Finder:
@@ -103,6 +121,7 @@ class _Finder:
         except Unreadable:
             return None
         if first is None:
+            self._refuse_reversed()
             return None
         second = self._product(Index(1))
         moved = [] if second is None else [dim for dim in range(3) if second[1][dim] == first[1][dim] + 1]
@@ -120,6 +139,15 @@ class _Finder:
         latent = self._quantized(self.reader.variable("l"))
         self.values.follow(latent)
         return self._with_rotary(rank, q_nope, weights, dtype)
+
+    def _refuse_reversed(self) -> None:
+        """Raises Unreadable where the last column is what the first should be."""
+        try:
+            is_reversed = self._product(Index(self.width - 1)) is not None
+        except Unreadable:
+            return
+        if is_reversed:
+            raise Unreadable(f"{self.node.name}: other columns before those of the product, expected [q_nope @ W_UK | q_pe]")
 
     def _quantized(self, column: Index) -> Place:
         place, quant = self.values.quantization((self.node, (self.t, self.h, column)))

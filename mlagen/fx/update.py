@@ -70,7 +70,9 @@ def find_update(node: fx.Node, query: Query, fp8: torch.dtype | None = None) -> 
     if len(shape) == 1 and query.tokens == 1:
         shape = torch.Size((1, *shape))  # a single entry, without a dimension for it
     if len(shape) not in (2, 3) or shape[-1] != width or (len(shape) == 3 and shape[1] != 1):
-        raise Unreadable(f"{node.name} writes {list(shape)}, expected [T, {width}] or [T, 1, {width}]")
+        apart = shape and query.rope_dim and shape[-1] in (query.lora_rank, query.rope_dim)
+        why = ": latent and rotary columns that go to caches of their own" if apart else ""
+        raise Unreadable(f"{node.name} writes {list(shape)}, expected [T, {width}] or [T, 1, {width}]{why}")
     if not same_extent(shape[0], query.tokens):
         raise Unreadable(f"{node.name} writes {shape[0]} entries, expected one for each of {query.tokens} rows of the query")
     reader = Reader({"t": shape[0] if isinstance(shape[0], int) else None, "l": query.lora_rank})

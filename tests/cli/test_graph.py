@@ -83,17 +83,25 @@ def test_the_programs_own_config_goes_first(explain):
 @pytest.mark.parametrize(
     ("last", "words"),
     [
-        ("step()\nraise ValueError('out of cheese')", "raised ValueError: out of cheese; what is above was seen before"),
+        (
+            "step()\nraise ValueError('out of cheese')",
+            "raised ValueError: out of cheese (program.py:14); what is above was seen before",
+        ),
         ("step()\nsys.exit(3)", "ended with exit status 3; what is above was seen before"),
+        (
+            "import no_such_module",
+            "raised ModuleNotFoundError: No module named 'no_such_module' (program.py:13); it had compiled nothing",
+        ),
         ("sys.exit()", "compiled nothing: call a torch.compile'd function in it"),
     ],
-    ids=["raises", "exits", "compiles nothing"],
+    ids=["raises", "exits", "raises at once", "compiles nothing"],
 )
 def test_programs_that_end_badly(explain, last, words):
     found = explain(last)
     assert found.status == 1
     assert words in found.err
     assert ("1 replaced" in found.out) == ("step()" in last)
+    assert "step()" in last or not found.out, "no summary of nothing"
 
 
 def test_a_function_of_a_module(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Layers that come close to a prologue and mean something else: whatever is done to them, they compute what they say."""
 
+import logging
+
 import fx_models
 import pytest
 import torch
@@ -64,7 +66,8 @@ def test_angles_that_are_not_looked_up_by_the_positions_as_they_are(kind, dynami
     run, seen, _ = compiled(layer, dynamic=None if dynamic else False)
     inputs, cache = (marked(16) if dynamic else fx_models.batch(16)), fx_models.new_cache(layer)
     assert_as_eager(layer, inputs, run(inputs[0], cache, *inputs[1:]), cache)
-    assert calls(seen.graphs[0][1], "mlagen.decode_prologue_weights") == (kind is not OneAngle)
+    fused = kind in (EverySecond, Doubled)
+    assert calls(seen.graphs[0][1], "mlagen.decode_prologue_weights") == fused
 
 
 class Blocks(fx_models.Vllm):
@@ -140,6 +143,69 @@ def test_columns_of_a_symbol_s_number():
         inputs, cache = marked(tokens, high=P - 1), fx_models.new_cache(layer)
         assert_as_eager(layer, inputs, run(inputs[0], cache, *inputs[1:]), cache)
     assert counter.frame_count == 1
+
+
+class RopeFirst(fx_models.Einsum):
+    """[q_pe | q_nope @ W_UK]."""
+
+    def prologue(self, q, kv_c, k_pe, cache, slots, positions):
+        cos_sin = self.table[positions]
+        ql_nope = torch.einsum("thp,lhp->thl", q[..., :P], self.w_uk)
+        entry = torch.cat((kv_c, self.rotate(k_pe[:, None], cos_sin)[:, 0]), -1)
+        cache.view(-1, L + R)[slots] = self.stored(entry)
+        return self.quantized(torch.cat((self.rotate(q[..., P:], cos_sin), ql_nope), -1), self.q_scale)
+
+
+class FourDimensions(fx_models.Einsum):
+    """As modeling_deepseek_v3 has queries: [batch, heads, length, width], one token in length."""
+
+    def prologue(self, q, kv_c, k_pe, cache, slots, positions):
+        cos_sin = self.table[positions]
+        q_pe = self.rotate(q[..., P:], cos_sin)[:, :, None]
+        ql_nope = q[:, :, None, :P] @ self.w_uk.permute(1, 2, 0)
+        entry = torch.cat((kv_c, self.rotate(k_pe[:, None], cos_sin)[:, 0]), -1)
+        cache.view(-1, L + R)[slots] = self.stored(entry)
+        return self.quantized(torch.cat((ql_nope, q_pe), -1), self.q_scale).squeeze(2)
+
+
+class CachesApart(fx_models.Einsum):
+    """Latent and rotary columns written each by itself."""
+
+    def prologue(self, q, kv_c, k_pe, cache, slots, positions):
+        cos_sin = self.table[positions]
+        ql_nope = torch.einsum("thp,lhp->thl", q[..., :P], self.w_uk)
+        cache.view(-1, L + R)[:, :L][slots] = self.stored(kv_c)
+        cache.view(-1, L + R)[:, L:][slots] = self.stored(self.rotate(k_pe[:, None], cos_sin)[:, 0])
+        return self.quantized(torch.cat((ql_nope, self.rotate(q[..., P:], cos_sin)), -1), self.q_scale)
+
+
+class Masked(fx_models.Einsum):
+    """Only the entries of some tokens are written."""
+
+    def stored(self, entry):
+        return torch.where(entry[:, :1] > 0, super().stored(entry), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (RopeFirst, "other columns before those of the product, expected [q_nope @ W_UK | q_pe]"),
+        (FourDimensions, "a query of four dimensions [16, 2, 1, 80], expected [T,H,L+R]"),
+        (CachesApart, "writes [16, 64], expected [T, 80] or [T, 1, 80]: latent and rotary columns that go to caches of their own"),
+        (Masked, "bytes that are no fp8 codes"),
+    ],
+)
+def test_forms_that_are_left_alone_are_named(kind, words, caplog):
+    caplog.set_level(logging.DEBUG, "mlagen.fx")
+    layer = kind()
+    run, seen, _ = compiled(layer, dynamic=False)
+    inputs, cache = fx_models.batch(16), fx_models.new_cache(layer)
+    result = run(inputs[0], cache, *inputs[1:])
+    expected_cache = fx_models.new_cache(layer)
+    assert_close(layer, result[1], layer(inputs[0], expected_cache, *inputs[1:])[1])
+    assert_close(layer, cache, expected_cache)
+    assert seen.graphs[0][0] == seen.graphs[0][1]
+    assert words in caplog.text
 
 
 class Selected(fx_models.Einsum):
