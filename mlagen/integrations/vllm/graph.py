@@ -76,8 +76,12 @@ class DecodePass:
         if found:
             dropped = behind({site.node for site in found}) | {node for node in graph.nodes if is_dead(node)}
             writer = Writer(graph)
-            for site in found:
-                _replace(writer, site)
+            for site in list(found):
+                try:
+                    _replace(writer, site)
+                except Unreadable as reason:
+                    found.remove(site)
+                    left.append((site.node.name, str(reason)))
             finish(graph, (node for node in dropped if node.op == "call_function"))
         if calls:
             text = "mlagen: in a graph for up to %d tokens decode of %d of %d MLA layers is fused"
@@ -107,7 +111,18 @@ class DecodePass:
 
 
 def _replace(writer: Writer, site: Site) -> None:
-    emit = functools.partial(writer.emit, site.node)
+    """Put our operator in a site's place.  Raises Unreadable, and nothing is changed then."""
+    with writer.undoing():
+        result = _call(functools.partial(writer.emit, site.node), site)
+    for user in list(site.node.users):
+        assert user.args[1] == OUTPUT
+        user.replace_all_uses_with(result)
+        writer.graph.erase_node(user)
+    logger().debug("mlagen: %s is %s", site.node.name, result.name)
+
+
+def _call(emit: Any, site: Site) -> fx.Node:
+    """Attention's output, by our operator."""
     positions = site.positions
     if positions is None:  # the operator wants some, and without RoPE reads none
         tokens = value_of(site.q).shape[0]
@@ -118,8 +133,5 @@ def _replace(writer: Writer, site: Site) -> None:
         auto_functionalized, torch.ops.vllm.mlagen_mla_attention.default, q=site.q, kv_c_normed=site.kv_c, k_pe=k_pe,
         positions=positions, output=site.output, layer_name=site.layer_name,
     )  # fmt: skip
-    for user in list(site.node.users):
-        assert user.args[1] == OUTPUT
-        user.replace_all_uses_with(emit(operator.getitem, result, OURS_OUTPUT, shared=True))
-        writer.graph.erase_node(user)
-    logger().debug("mlagen: %s is %s", site.node.name, result.name)
+    output: fx.Node = emit(operator.getitem, result, OURS_OUTPUT)
+    return output
