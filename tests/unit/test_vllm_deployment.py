@@ -74,6 +74,11 @@ def test_aiters_weights(variables, arch, weights):
     assert {each.spec.fp8_max for each in found} == {224.0 if arch == "gfx942" else None}
 
 
+def test_a_limit_below_the_formats_is_an_fp8_querys():
+    found = deployment_requests("deepseek-r1 -tp 8 --kv-cache-dtype fp8", [GFX942])
+    assert {(each.spec.q_dtype, each.spec.fp8_max) for each in found} == {("fp8", 224.0), ("bf16", None)}
+
+
 def test_a_folder_with_a_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (one,) = deployment_requests(f"{tmp_path} -tp 2 --kv-cache-dtype float16 --attention-backend TRITON_MLA", [GFX942])

@@ -162,6 +162,17 @@ def test_a_clamp_where_vllm_has_it(build, toy):
     assert largest == {224.0 if current_platform.is_fp8_fnuz() else 448.0}
 
 
+def test_entries_saturate_where_vllms_do(build, toy):
+    """At the format's limit, where no fp8 query beside them ends earlier."""
+    stock, ours = (build(toy.Options(fp8_query=False), plugin=plugin) for plugin in (False, True))
+    for model in (stock, ours):
+        for each in model.attentions:
+            each._k_scale.fill_(1e-4)
+        model.run(toy.Batch(**DECODE))
+    latent = [model.caches[0][..., : toy.L] for model in (stock, ours)]
+    assert torch.equal(*latent)
+
+
 @pytest.mark.parametrize("backend", ["ROCM_AITER_MLA", "TRITON_MLA"])
 @pytest.mark.parametrize("cache", ["fp8", "auto", "bfloat16"])
 @pytest.mark.parametrize("tp", [8, 16])

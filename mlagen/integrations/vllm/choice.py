@@ -94,7 +94,7 @@ def choose(wrapper: Any, dtype: torch.dtype, weight: str | None, target: Target)
             weight=weight,
             q_dtype=q_dtype,
             kv_dtype=kv_dtype,
-            fp8_max=fp8_limit(kv_dtype, target),
+            fp8_max=fp8_limit(q_dtype, target),
             q_split=has_pair,
         )
     except SpecError as error:

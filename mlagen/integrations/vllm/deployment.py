@@ -42,9 +42,9 @@ _EDITIONS = r"(-(instruct|chat|base|thinking|terminus|zero|preview|bf16|fp8|mxfp
 """What follows a model's name where its shape is the same: how it was trained, in what its experts are quantised, and when."""
 
 
-def fp8_limit(kv_dtype: str, target: Target) -> float | None:
-    """A spec's fp8_max beside a cache of this type."""
-    return STATIC_QUANT_LIMIT_FNUZ if kv_dtype == "fp8" and target.fp8 is DType.E4M3FNUZ else None
+def fp8_limit(q_dtype: str, target: Target) -> float | None:
+    """A spec's fp8_max for a query of this type; the cache's entries, which vLLM writes up to the format's own limit, share it."""
+    return STATIC_QUANT_LIMIT_FNUZ if q_dtype == "fp8" and target.fp8 is DType.E4M3FNUZ else None
 
 
 def is_pair(q_dtype: str, heads: int, rope_dim: int) -> bool:
@@ -96,7 +96,7 @@ def _specs(command: Command, shape: ModelShape, target: Target) -> list[Prologue
             weight=weight,
             q_dtype=outputs.q_dtype,
             kv_dtype=outputs.kv_dtype,
-            fp8_max=fp8_limit(outputs.kv_dtype, target),
+            fp8_max=fp8_limit(outputs.q_dtype, target),
             q_split=outputs.q_split,
         )
         for weight in _weights(command, shape, target)
