@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from mlagen import models
 from mlagen.dtypes import MODEL_DTYPES, DType, model_dtype
@@ -230,14 +231,9 @@ class PrologueSpec:
 
         Raises ModelError where the model or `tp` does not fit, SpecError where the options do not.
         """
-        shape = models.resolve_model(model)
-        return cls(
-            heads=models.heads_per_rank(shape, tp),
-            nope_dim=shape.nope_dim,
-            lora_rank=shape.lora_rank,
-            rope_dim=shape.rope_dim,
-            rope_style=shape.rope_style,
-            dtype=shape.dtype,
+        return cls.of_shape(
+            models.resolve_model(model),
+            tp,
             weight=weight,
             q_dtype=q_dtype,
             kv_dtype=kv_dtype,
@@ -251,6 +247,19 @@ class PrologueSpec:
             write_kv=write_kv,
             kv_heads=kv_heads,
             kv_layout=kv_layout,
+        )
+
+    @classmethod
+    def of_shape(cls, shape: models.ModelShape, tp: int, **options: Any) -> "PrologueSpec":
+        """The spec of a model of this shape on one of `tp` ranks; `options` and errors are from_model's."""
+        return cls(
+            heads=models.heads_per_rank(shape, tp),
+            nope_dim=shape.nope_dim,
+            lora_rank=shape.lora_rank,
+            rope_dim=shape.rope_dim,
+            rope_style=shape.rope_style,
+            dtype=shape.dtype,
+            **options,
         )
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 
 from mlagen.errors import RequestError, ScheduleError
 from mlagen.layout import Layout
-from mlagen.lowering import lower
+from mlagen.lowering import Lowered, lower
 from mlagen.schedule import lay_out
 from mlagen.spec import PrologueSpec
 from mlagen.target import Target
@@ -95,10 +95,11 @@ def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False
     nearest = _nearest(spec, target, dependent=dependent)
     if nearest is None:
         return (Range(None, default),)
+    lowered = lower(spec.program(target))
     fitting: list[Range] = []
     for each in nearest.ranges:
         layout, tiles = replace(each.layout, m_tiles=default.m_tiles), each.token_tiles
-        if not _fits(spec, target, layout):
+        if not _fits(lowered, target, layout):
             layout, tiles = default, None
         if fitting and (fitting[-1].layout, fitting[-1].token_tiles) == (layout, tiles):
             fitting.pop()
@@ -109,8 +110,10 @@ def choose_ranges(spec: PrologueSpec, target: Target, *, dependent: bool = False
 def base_layout(spec: PrologueSpec, target: Target) -> Layout:
     """The default layout with what all layouts of `spec` have in common: how its weights are packed."""
     nearest = _nearest(spec, target, dependent=False)
-    layout = Layout(m_tiles=nearest.m_tiles if nearest else None)
-    return layout if _fits(spec, target, layout) else Layout()
+    if nearest is None or nearest.m_tiles is None:
+        return Layout()
+    layout = Layout(m_tiles=nearest.m_tiles)
+    return layout if _fits(lower(spec.program(target)), target, layout) else Layout()
 
 
 def _nearest(spec: PrologueSpec, target: Target, *, dependent: bool) -> Entry | None:
@@ -122,9 +125,9 @@ def _nearest(spec: PrologueSpec, target: Target, *, dependent: bool) -> Entry | 
     return min(entries, key=lambda entry: entry.distance(spec, weight_bits), default=None)
 
 
-def _fits(spec: PrologueSpec, target: Target, layout: Layout) -> bool:
+def _fits(lowered: Lowered, target: Target, layout: Layout) -> bool:
     try:
-        lay_out(lower(spec.program(target)), target, layout)
+        lay_out(lowered, target, layout)
     except ScheduleError:
         return False
     return True

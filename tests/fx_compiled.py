@@ -62,6 +62,17 @@ def marked(tokens, *, low=2, high=LIMIT):
     return inputs
 
 
+def assert_in_place(layer):
+    """The compiled layer writes its cache where it is, and makes none."""
+    run, _, _ = compiled(layer)
+    inputs, cache = marked(16), fx_models.new_cache(layer)
+    _, (code,) = torch._inductor.utils.run_and_get_code(run, inputs[0], cache, *inputs[1:])
+    assert "torch.ops.mlagen.decode_prologue_weights.default(" in code
+    made = [line for line in code.splitlines() if "empty_strided" in line]
+    assert made
+    assert not any(f"(({fx_models.BLOCKS}, {fx_models.BLOCK_SIZE}, {L + R})" in line for line in made), "a copy of the cache"
+
+
 def assert_as_eager(layer, inputs, result, cache, before=None):
     """Codes may be one step of the format apart, where roundings of the model's dtype in between went the other way."""
     expected_cache = fx_models.new_cache(layer) if before is None else before.clone()

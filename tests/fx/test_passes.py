@@ -7,7 +7,7 @@ import fx_models
 import pytest
 import torch
 import torch._inductor.config
-from fx_compiled import ARCH, CONFIG, LIMIT, Seen, assert_as_eager, assert_close, calls, compiled, marked, products
+from fx_compiled import ARCH, CONFIG, LIMIT, Seen, assert_as_eager, assert_close, assert_in_place, calls, compiled, marked, products
 from fx_models import L, R
 
 import mlagen.fx.packing
@@ -178,14 +178,7 @@ def test_each_layer_gets_its_own(name, shared):
 
 
 def test_the_cache_is_written_in_place():
-    layer = fx_models.Vllm()
-    run, _, _ = compiled(layer)
-    inputs, cache = marked(16), fx_models.new_cache(layer)
-    _, (code,) = torch._inductor.utils.run_and_get_code(run, inputs[0], cache, *inputs[1:])
-    assert "torch.ops.mlagen.decode_prologue_weights.default(" in code
-    made = [line for line in code.splitlines() if "empty_strided" in line]
-    assert made
-    assert not any(f"(({fx_models.BLOCKS}, {fx_models.BLOCK_SIZE}, {L + R})" in line for line in made), "a copy of the cache"
+    assert_in_place(fx_models.Vllm())
 
 
 def test_negative_slots_and_positions_count_from_the_end_as_torch_does():

@@ -86,13 +86,9 @@ class Outputs:
 def _specs(command: Command, shape: ModelShape, target: Target) -> list[PrologueSpec]:
     heads = heads_per_rank(shape, command.tp)
     return [
-        PrologueSpec(
-            heads=heads,
-            nope_dim=shape.nope_dim,
-            lora_rank=shape.lora_rank,
-            rope_dim=shape.rope_dim,
-            rope_style=shape.rope_style,
-            dtype=shape.dtype,
+        PrologueSpec.of_shape(
+            shape,
+            command.tp,
             weight=weight,
             q_dtype=outputs.q_dtype,
             kv_dtype=outputs.kv_dtype,
